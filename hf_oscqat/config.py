@@ -1,0 +1,214 @@
+"""`OscQATConfig`: everything that decides what a quantized model computes and what is done against oscillation."""
+
+import difflib
+import functools
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_oscqat.quantization.functional import GRADIENT_ESTIMATORS
+from hf_oscqat.quantization.range_estimators import RANGE_ESTIMATORS
+from hf_oscqat.remedies import REMEDIES, Remedy
+
+QUANT_METHOD = "oscqat"
+BITS = range(2, 9)
+
+
+def check_keys(given: Iterable[str], valid: Collection[str], where: str) -> None:
+    """Refuse a key that nothing reads, because it is a typing error more often than not.
+
+    Raises:
+        ValueError: naming the key, the one that may have been meant, and all valid ones.
+    """
+    for key in given:
+        if key not in valid:
+            matches = difflib.get_close_matches(key, valid, n=1)
+            meant = f" Did you mean {matches[0]!r}?" if matches else ""
+            raise ValueError(f"got unknown key {key!r} in {where}.{meant} Valid keys: {', '.join(sorted(valid))}")
+
+
+def _accept_remedies(cls: type["OscQATConfig"]) -> type["OscQATConfig"]:
+    """Let the constructor take one key per entry of `REMEDIES`, and refuse unknown keys with a ValueError."""
+    plain_init = cls.__init__
+
+    @functools.wraps(plain_init)
+    def __init__(self: "OscQATConfig", *args: Any, **kwargs: Any) -> None:
+        check_keys(kwargs, cls.valid_keys(), cls.__name__)
+        for name, remedy in REMEDIES.items():
+            setattr(self, name, _remedy_settings(name, remedy, kwargs.pop(name, None)))
+        plain_init(self, *args, **kwargs)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@_accept_remedies
+@dataclass(eq=False, repr=False)
+class OscQATConfig(QuantizationConfigMixin):
+    """How a model is quantized and trained.
+
+    Args:
+        weight_bits: width of weights, 2 to 8; None leaves them in float.
+        activation_bits: width of each layer's input, 2 to 8; None leaves it in float.
+        weight_granularity: one scale `"per_tensor"`, or one per output channel, `"per_channel"`.
+        weight_scheme: `"symmetric"`, or `"asymmetric"` with a learned zero-point.
+        activation_scheme: the same for inputs. A symmetric grid of inputs is unsigned where calibration saw nothing
+            negative.
+        first_last_bits: width of the first layer's weight and of the last layer's weight and input; None leaves both
+            layers in float. The first layer's input, the image, is not quantized.
+        overrides: `{name pattern: {"weight_bits": .., "activation_bits": ..}}`; patterns are fnmatch globs on module
+            names without `timm_model.`, later ones win, and they win over `first_last_bits`.
+        modules_to_not_convert: patterns of layers that stay float altogether.
+        range_estimator: initial ranges, one of `"mse"`, `"minmax"`, `"running_minmax"`, `"percentile"`.
+        gradient_estimator: how a gradient passes through rounding; `"ste"`.
+        lsq_gradient_scaling: scale the gradients of scales as LSQ does; the published method does not.
+        tracker_momentum: EMA step of oscillation frequencies, in (0, 1], where no remedy brings its own.
+        batchnorm_reestimation_batches: training batches for re-estimating batch-norm statistics before each
+            evaluation; 0 turns it off.
+        checkpoint_format: `"qat"` (latent weights, trainable) or `"packed"`. Written by `pack`.
+        format_version: version of the packed format. Written by `pack`.
+        layers: per-layer grids of a packed checkpoint. Written by `pack`.
+        dampening: None, or settings of oscillation dampening (`DampeningSettings` or a dict of its arguments).
+        freezing: None, or settings of iterative freezing (`FreezingSettings` or a dict of its arguments).
+
+    Raises:
+        ValueError: for a bad value or an unknown key; the message says what was got, what is expected and what to do.
+    """
+
+    quant_method: str = field(default=QUANT_METHOD, init=False)
+    weight_bits: int | None = 4
+    activation_bits: int | None = 4
+    weight_granularity: str = "per_tensor"
+    weight_scheme: str = "symmetric"
+    activation_scheme: str = "symmetric"
+    first_last_bits: int | None = 8
+    overrides: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    modules_to_not_convert: list[str] = field(default_factory=list)
+    range_estimator: str = "mse"
+    gradient_estimator: str = "ste"
+    lsq_gradient_scaling: bool = False
+    tracker_momentum: float = 0.001
+    batchnorm_reestimation_batches: int = 50
+    checkpoint_format: str = "qat"
+    format_version: int = 1
+    layers: dict[str, dict[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        self.overrides = {} if self.overrides is None else dict(self.overrides)
+        self.modules_to_not_convert = _patterns("modules_to_not_convert", self.modules_to_not_convert)
+        for name in ("weight_bits", "activation_bits", "first_last_bits"):
+            _check_bits(name, getattr(self, name))
+        _check_choice("weight_granularity", self.weight_granularity, ("per_tensor", "per_channel"))
+        _check_choice("weight_scheme", self.weight_scheme, ("symmetric", "asymmetric"))
+        _check_choice("activation_scheme", self.activation_scheme, ("symmetric", "asymmetric"))
+        _check_choice("range_estimator", self.range_estimator, tuple(RANGE_ESTIMATORS))
+        _check_choice("gradient_estimator", self.gradient_estimator, GRADIENT_ESTIMATORS)
+        _check_choice("checkpoint_format", self.checkpoint_format, ("qat", "packed"))
+        self._check_overrides()
+        if not 0 < self.tracker_momentum <= 1:
+            raise ValueError(f"got tracker_momentum={self.tracker_momentum!r}, expected a number in (0, 1]")
+        count = self.batchnorm_reestimation_batches
+        if not _is_int(count) or count < 0:
+            raise ValueError(f"got batchnorm_reestimation_batches={count!r}, expected a whole number of batches, or 0")
+
+    @property
+    def momentum(self) -> float:
+        """EMA step of the oscillation tracker: that of the remedy which acts on its statistics, if one does."""
+        own = (getattr(self, name).momentum for name in REMEDIES if hasattr(getattr(self, name), "momentum"))
+        return next(own, self.tracker_momentum)
+
+    @classmethod
+    def valid_keys(cls) -> list[str]:
+        """Names that the constructor takes."""
+        return [f.name for f in fields(cls) if f.init] + list(REMEDIES)
+
+    def remedies(self) -> list[Remedy]:
+        """Return the remedies that are switched on, ready to act on training."""
+        chosen = ((remedy, getattr(self, name)) for name, remedy in REMEDIES.items())
+        return [remedy(settings) for remedy, settings in chosen if settings is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; `from_dict` gives an equal config back. What only `pack` writes is left out before it."""
+        data: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        settings = {name: getattr(self, name) for name in REMEDIES}
+        data |= {name: None if s is None else asdict(s) for name, s in settings.items()}
+        if data["layers"] is None:
+            del data["layers"], data["format_version"]
+        return json.loads(json.dumps(data))
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the whole config: a published model must not depend on the defaults of a later version."""
+        return self.to_dict()
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Make a config from plain data.
+
+        Args:
+            config_dict: as `to_dict` returns it; a subset will do.
+            return_unused_kwargs: also return an empty dict, as transformers expects; nothing is ever unused.
+            **kwargs: values that win over those of `config_dict`.
+
+        Returns:
+            The config; with `return_unused_kwargs`, the config and the empty dict.
+
+        Raises:
+            ValueError: for a bad value or an unknown key.
+        """
+        data = {**config_dict, **kwargs}
+        method = data.pop("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ValueError(f"got quant_method={method!r}, expected {QUANT_METHOD!r}")
+        config = cls(**data)
+        return (config, {}) if return_unused_kwargs else config
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OscQATConfig) and self.to_dict() == other.to_dict()
+
+    def _check_overrides(self) -> None:
+        for pattern, override in self.overrides.items():
+            if not isinstance(override, Mapping):
+                raise ValueError(
+                    f"got overrides[{pattern!r}]={override!r}, expected a mapping such as {{'weight_bits': 8}}"
+                )
+            for key, value in override.items():
+                check_keys([key], ("weight_bits", "activation_bits"), f"overrides[{pattern!r}]")
+                _check_bits(f"overrides[{pattern!r}].{key}", value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_bits(name: str, value: Any) -> None:
+    if value is not None and not (_is_int(value) and value in BITS):
+        raise ValueError(f"got {name}={value!r}, expected a whole number from 2 to 8, or None to leave it in float")
+
+
+def _check_choice(name: str, value: Any, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f"got {name}={value!r}, expected one of {', '.join(map(repr, valid))}")
+
+
+def _remedy_settings(name: str, remedy: type[Remedy], given: Any) -> Any:
+    if given is None or isinstance(given, remedy.Settings):
+        return given
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"got {name}={given!r}, expected None, {remedy.Settings.__name__} or a mapping of its arguments"
+        )
+    check_keys(given, [f.name for f in fields(remedy.Settings)], name)
+    try:
+        return remedy.Settings(**given)
+    except TypeError as error:
+        raise ValueError(f"got {name}={dict(given)!r}, expected numbers: {error}") from error
+
+
+def _patterns(name: str, given: Any) -> list[str]:
+    patterns = [] if given is None else given
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"got {name}={given!r}, expected a list of module name patterns")
+    return list(patterns)

@@ -1,0 +1,1 @@
+"""The Hugging Face glue: loading, publishing, training and evaluating with transformers."""

@@ -1,0 +1,163 @@
+"""The published model: a timm model in packed form under a model type of its own.
+
+With transformers' own `timm_wrapper` type, a program that never heard of this package would skip the quantization with
+a warning and go on with random weights. Under a type of its own it is asked for `trust_remote_code=True` instead, and
+what that runs is `modeling_oscqat.py`, made from this module and the few it needs (see `remote_code.py`).
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_oscqat.checkpoint import CheckpointError, check_checkpoint, header_metadata
+from hf_oscqat.quantization.packed import FormatError, LayerFormat, make_packed
+
+REMOTE_CODE = "modeling_oscqat"
+PACKED_METHOD = "oscqat"
+
+
+class OscQATTimmConfig(TimmWrapperConfig):
+    """Configuration of a packed timm model; the fields are those of `TimmWrapperConfig`."""
+
+    model_type = "oscqat_timm"
+
+
+class _PublishedModel:
+    """What the published classes share: how they are saved."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save weights and config, and beside them the code that loading needs.
+
+        Args:
+            save_directory: folder, made if missing.
+            **kwargs: as in transformers.
+        """
+        model = cast(PreTrainedModel, self)
+        model.config.auto_map = {
+            "AutoConfig": f"{REMOTE_CODE}.{OscQATTimmConfig.__name__}",
+            "AutoModel": f"{REMOTE_CODE}.{OscQATTimmModel.__name__}",
+            "AutoModelForImageClassification": f"{REMOTE_CODE}.{OscQATTimmForImageClassification.__name__}",
+        }
+        # AutoImageProcessor looks here, and the processor finds timm's pretrained_cfg beside it.
+        model.config.image_processor_type = "TimmWrapperImageProcessor"
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        if kwargs.get("is_main_process", True):
+            # Beside this file lies the remote code; where this file is the remote code, that is itself.
+            source = Path(__file__).with_name(f"{REMOTE_CODE}.py").read_text(encoding="utf-8")
+            Path(save_directory, f"{REMOTE_CODE}.py").write_text(source, encoding="utf-8")
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """Whether transformers should copy the file of this class: never, `save_pretrained` above does."""
+        return False
+
+
+class OscQATTimmModel(_PublishedModel, TimmWrapperModel):
+    """A packed timm model without head, as `AutoModel` loads it."""
+
+    config_class = OscQATTimmConfig
+
+
+class OscQATTimmForImageClassification(_PublishedModel, TimmWrapperForImageClassification):
+    """A packed timm model with its classifier."""
+
+    config_class = OscQATTimmConfig
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed checkpoint where the package itself is not imported: kept as it is."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.__dict__.update(kwargs)
+        self.quant_method = PACKED_METHOD
+
+
+class PackedQuantizer(HfQuantizer):
+    """What `from_pretrained` does for a packed checkpoint: make the layers, check the file, refuse what is not whole."""
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        layers = getattr(self.quantization_config, "layers", None)
+        if getattr(self.quantization_config, "checkpoint_format", None) != "packed" or not isinstance(layers, dict):
+            raise CheckpointError(
+                "got a config.json whose quantization_config has no checkpoint_format 'packed' and layers, "
+                "expected what hf_oscqat.pack writes"
+            )
+        headless = ignore_head(model)
+        modules = dict(model.named_modules())
+        for name, data in layers.items():
+            if not f"{name}.".startswith(headless or ("\0",)):
+                if not isinstance(getattr(modules.get(name), "weight", None), Tensor):
+                    raise CheckpointError(f"got layer {name!r} in config.json, which the model does not have")
+                try:
+                    make_packed(modules[name], LayerFormat.from_dict(name, data))
+                except FormatError as error:
+                    raise CheckpointError(f"layer {name!r}: {error}") from error
+                # Its weight is computed; transformers must not initialise it.
+                modules[name]._is_hf_initialized = True
+        if checkpoint_files:
+            check_checkpoint(checkpoint_files, layers, model, headless)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_all_loaded(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Return no state dict of its own, and what goes into the header of the file."""
+        return None, header_metadata(model)
+
+    def is_serializable(self) -> bool:
+        """Whether `save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed integers cannot be trained."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `torch.compile` accepts the layers."""
+        return True
+
+
+def ignore_head(model: PreTrainedModel) -> tuple[str, ...]:
+    """Let a model that was built without its classifier pass over the tensors of one.
+
+    Returns:
+        What the names of those tensors begin with; empty for a model with a classifier.
+    """
+    if not isinstance(model, TimmWrapperModel):
+        return ()
+    timm_model = cast(Any, model.timm_model)
+    entry = (getattr(timm_model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    prefixes = tuple(f"timm_model.{name}." for name in ([entry] if isinstance(entry, str) else entry))
+    model._keys_to_ignore_on_load_unexpected = {rf"^{prefix}" for prefix in prefixes}
+    return prefixes
+
+
+def check_all_loaded(model: nn.Module) -> None:
+    """Refuse a model of which the checkpoint has filled a part only; transformers leaves the rest uninitialised.
+
+    Raises:
+        CheckpointError: naming the tensors.
+    """
+    state = model.state_dict(keep_vars=True)
+    empty = [name for name, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)]
+    if empty:
+        some = ", ".join(empty[:5])
+        raise CheckpointError(f"got a checkpoint that does not fill {len(empty)} tensors of the model: {some}")
+
+
+# Without these entries transformers would warn of an unknown method and skip it. The package enters its own.
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(PACKED_METHOD, PackedConfig)
+AUTO_QUANTIZER_MAPPING.setdefault(PACKED_METHOD, PackedQuantizer)

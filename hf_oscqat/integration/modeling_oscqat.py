@@ -1,0 +1,805 @@
+"""Loads a packed low-bit timm model; made from the source of the hf_oscqat package, not to be edited.
+
+It needs torch, timm, transformers and safetensors, and nothing else. With `import hf_oscqat` it is not used.
+"""
+
+# ruff: noqa
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+from typing import Any, cast
+import hashlib
+import json
+import os
+import torch
+import torch.nn.functional as F
+
+# --- hf_oscqat.quantization.functional
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def output_axis(layer: nn.Module) -> int:
+    """Dimension of a layer's weight that counts output channels: 1 for transposed convolutions, else 0."""
+    return 1 if isinstance(layer, TRANSPOSED) else 0
+
+
+def frozen_dtype(num_bits: int) -> torch.dtype:
+    """Smallest integer dtype that holds every integer of `num_bits` and one sentinel besides."""
+    return torch.int8 if num_bits < 8 else torch.int16
+
+
+def live_sentinel(dtype: torch.dtype) -> int:
+    """Value that marks a weight as not frozen in a tensor of frozen integers of this dtype."""
+    return torch.iinfo(dtype).min
+
+
+def is_frozen(frozen_int: Tensor) -> Tensor:
+    """Boolean mask of the weights that hold a frozen integer."""
+    return frozen_int != live_sentinel(frozen_int.dtype)
+
+
+def broadcast_to_axis(parameter: Tensor, ndim: int, axis: int) -> Tensor:
+    """View a scale or zero-point so that it broadcasts against a tensor with `ndim` dimensions.
+
+    Args:
+        parameter: 0-d or `(1,)` for one value per tensor, `(channels,)` for one per channel along `axis`, or already
+            of `ndim` dimensions.
+        ndim: number of dimensions of the tensor to be quantized.
+        axis: its channel dimension.
+
+    Returns:
+        A view of `parameter`.
+    """
+    if parameter.numel() == 1:
+        return parameter.reshape(())
+    if parameter.ndim == ndim:
+        return parameter
+    shape = [1] * ndim
+    shape[axis] = -1
+    return parameter.reshape(shape)
+
+
+def _grid_zero(zero_point: Tensor | None, qmin: int, qmax: int) -> Tensor | int:
+    return 0 if zero_point is None else zero_point.round().clamp(qmin, qmax)
+
+
+def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """At least float32, because bfloat16 cannot tell neighbouring integers of 8 bits apart after the division."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def to_int(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    *,
+    axis: int = 0,
+    frozen_int: Tensor | None = None,
+) -> Tensor:
+    """Integers of `x` on the grid: `clamp(round(x / scale) + zero_point, qmin, qmax)`, or the frozen integer.
+
+    Args:
+        x: values, any shape and floating dtype.
+        scale: step of the grid, positive; `(1,)` or `(channels,)`.
+        zero_point: integer that stands for 0.0, shaped like `scale`; a float is rounded and clamped to the grid.
+            None for a symmetric grid.
+        qmin: smallest integer of the grid.
+        qmax: largest integer of the grid.
+        axis: channel dimension of `x`, used where `scale` has one value per channel.
+        frozen_int: integers of frozen weights, shaped like `x`, with `live_sentinel` where a weight is not frozen.
+
+    Returns:
+        Whole numbers in `[qmin, qmax]`, shaped like `x`, float32 or wider. No gradient.
+    """
+    with torch.no_grad():
+        dtype = _compute_dtype(x, scale)
+        x_int = (x.to(dtype) / broadcast_to_axis(scale.to(dtype), x.ndim, axis)).round_()
+        if zero_point is not None:
+            x_int += _grid_zero(broadcast_to_axis(zero_point.to(dtype), x.ndim, axis), qmin, qmax)
+        x_int.clamp_(qmin, qmax)
+        if frozen_int is not None:
+            x_int = torch.where(is_frozen(frozen_int), frozen_int.to(dtype), x_int)
+        return x_int
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    *,
+    axis: int = 0,
+    frozen_int: Tensor | None = None,
+    gradient_scale: float = 1.0,
+    gradient_estimator: str = "ste",
+) -> Tensor:
+    """Round `x` to a grid and back to real values; differentiable in `x`, `scale` and `zero_point`.
+
+    With `w_int = to_int(x)` and `zero_point` z, forward is `scale * (w_int - z)`. For an upstream gradient g:
+
+    ===================  ===========  =======================  ==============
+    value                d/dx         d/dscale                 d/dzero_point
+    ===================  ===========  =======================  ==============
+    inside the grid      g            g * (round(x/s) - x/s)   0
+    clamped              0            g * (w_int - z)          -g * scale
+    frozen               0            g * (w_int - z)          -g * scale
+    ===================  ===========  =======================  ==============
+
+    Args:
+        x: values, any shape and floating dtype; rounding happens in float32 or wider.
+        scale: step of the grid, positive; `(1,)` or `(channels,)`.
+        zero_point: None for a symmetric grid, else shaped like `scale`; a learned float, rounded straight-through.
+        qmin: smallest integer of the grid.
+        qmax: largest integer of the grid.
+        axis: channel dimension of `x`, used where `scale` has one value per channel.
+        frozen_int: integers of frozen weights, with `live_sentinel` elsewhere; None if nothing is frozen.
+        gradient_scale: factor on the gradients of `scale` and `zero_point`; `lsq_gradient_scale` gives LSQ's.
+        gradient_estimator: one of `GRADIENT_ESTIMATORS`.
+
+    Returns:
+        Tensor shaped and typed like `x`.
+
+    Raises:
+        ValueError: if `gradient_estimator` is unknown.
+
+    Source: Esser et al. (ICLR 2020), eq. 2 to 4; freezing from Nagel et al. (ICML 2022), sec. 4.2.
+    """
+    if gradient_estimator not in GRADIENT_ESTIMATORS:
+        raise ValueError(
+            f"got gradient_estimator={gradient_estimator!r}, expected one of {', '.join(GRADIENT_ESTIMATORS)}"
+        )
+    return _FakeQuantize.apply(x, scale, zero_point, frozen_int, qmin, qmax, axis, gradient_scale)
+
+
+def lsq_gradient_scale(x: Tensor, scale: Tensor, qmax: int) -> float:
+    """LSQ's factor on the scale's gradient, `1 / sqrt(values per scale * qmax)` (Esser et al., sec. 2.2)."""
+    return (x.numel() // scale.numel() * qmax) ** -0.5
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Keeps `x` alone for backward; everything else is recomputed, which is cheaper than reading it back."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        frozen_int: Tensor | None,
+        qmin: int,
+        qmax: int,
+        axis: int,
+        gradient_scale: float,
+    ) -> Tensor:
+        x_int = to_int(x, scale, zero_point, qmin, qmax, axis=axis, frozen_int=frozen_int)
+        if zero_point is not None:
+            x_int = x_int - _grid_zero(broadcast_to_axis(zero_point.to(x_int.dtype), x.ndim, axis), qmin, qmax)
+        return (x_int * broadcast_to_axis(scale.to(x_int.dtype), x.ndim, axis)).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, zero_point, frozen_int, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale = inputs
+        ctx.save_for_backward(x, scale, zero_point, frozen_int)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero_point, frozen_int = ctx.saved_tensors
+        dtype = _compute_dtype(x, scale)
+        s = broadcast_to_axis(scale.to(dtype), x.ndim, ctx.axis)
+        z = None if zero_point is None else broadcast_to_axis(zero_point.to(dtype), x.ndim, ctx.axis)
+        z_int = _grid_zero(z, ctx.qmin, ctx.qmax)
+        grad = grad_output.to(dtype)
+
+        u = x.to(dtype) / s
+        rounded = u.round()
+        w_int = (rounded + z_int).clamp(ctx.qmin, ctx.qmax)
+        passes = w_int == rounded + z_int
+        if frozen_int is not None:
+            frozen = is_frozen(frozen_int)
+            passes = passes & ~frozen
+            w_int = torch.where(frozen, frozen_int.to(dtype), w_int)
+
+        grad_x = grad_scale = grad_zero_point = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.where(passes, grad, 0.0).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            per_value = grad * torch.where(passes, rounded - u, w_int - z_int)
+            grad_scale = _sum_like(per_value, s, scale) * ctx.gradient_scale
+        if z is not None and ctx.needs_input_grad[2]:
+            zero_on_grid = (z.round() >= ctx.qmin) & (z.round() <= ctx.qmax)
+            per_value = torch.where(~passes & zero_on_grid, -grad * s, 0.0)
+            grad_zero_point = _sum_like(per_value, s, zero_point) * ctx.gradient_scale
+        return grad_x, grad_scale, grad_zero_point, None, None, None, None, None
+
+
+def _sum_like(per_value: Tensor, broadcast: Tensor, parameter: Tensor) -> Tensor:
+    """Sum over everything that one value of `parameter` was used for."""
+    return per_value.sum_to_size(broadcast.shape).reshape(parameter.shape).to(parameter.dtype)
+
+
+# --- hf_oscqat.quantization.packing
+def packed_width(count: int, num_bits: int) -> int:
+    """Bytes that a row of `count` integers of `num_bits` bits takes."""
+    return -(-count * num_bits // 8)
+
+
+def pack_bits(values: Tensor, num_bits: int) -> Tensor:
+    """Pack rows of unsigned integers into rows of bytes.
+
+    Args:
+        values: integers in `[0, 2**num_bits)`, any integer dtype, shape `[rows, count]`.
+        num_bits: width of an integer, 1 to 8.
+
+    Returns:
+        uint8 tensor `[rows, packed_width(count, num_bits)]`.
+
+    Raises:
+        ValueError: if a value does not fit in `num_bits` bits.
+    """
+    rows, count = values.shape
+    if count and (int(values.min()) < 0 or int(values.max()) >= 2**num_bits):
+        raise ValueError(
+            f"got integers from {int(values.min())} to {int(values.max())}, expected 0 to {2**num_bits - 1} "
+            f"for {num_bits} bits: subtract qmin first"
+        )
+    groups = F.pad(values.long(), (0, -count % 8)).view(rows, -1, 8)
+    shifts = torch.arange(8, device=values.device)
+    words = (groups << shifts * num_bits).sum(-1, keepdim=True)
+    packed = (words >> 8 * shifts[:num_bits]) & 0xFF
+    return packed.flatten(1)[:, : packed_width(count, num_bits)].to(torch.uint8).contiguous()
+
+
+def unpack_bits(packed: Tensor, num_bits: int, count: int) -> Tensor:
+    """Undo `pack_bits`.
+
+    Args:
+        packed: uint8 tensor `[rows, packed_width(count, num_bits)]`.
+        num_bits: width of an integer, 1 to 8.
+        count: integers in a row.
+
+    Returns:
+        int16 tensor `[rows, count]`, values in `[0, 2**num_bits)`.
+
+    Raises:
+        ValueError: if a row has another number of bytes than `count` integers take.
+    """
+    if packed.ndim != 2 or packed.shape[1] != packed_width(count, num_bits):
+        raise ValueError(
+            f"got packed rows of shape {list(packed.shape)}, expected [rows, {packed_width(count, num_bits)}] "
+            f"for {count} integers of {num_bits} bits"
+        )
+    groups = F.pad(packed.long(), (0, -packed.shape[1] % num_bits)).view(packed.shape[0], -1, num_bits)
+    shifts = torch.arange(8, device=packed.device)
+    words = (groups << 8 * shifts[:num_bits]).sum(-1, keepdim=True)
+    values = (words >> num_bits * shifts) & (2**num_bits - 1)
+    return values.flatten(1)[:, :count].to(torch.int16)
+
+
+# --- hf_oscqat.quantization.packed
+class FormatError(ValueError):
+    """A packed checkpoint says something that cannot be so."""
+
+
+@dataclass(frozen=True)
+class GridFormat:
+    """The grid of one packed weight or quantized input.
+
+    Attributes:
+        bits: width of an integer, 2 to 8.
+        qmin: smallest integer.
+        qmax: largest integer.
+        granularity: "per_tensor" or "per_channel".
+        scheme: "symmetric" or "asymmetric"; only the latter has a zero-point.
+        shape: shape of the weight; of an input, that of its scale.
+    """
+
+    bits: int
+    qmin: int
+    qmax: int
+    granularity: str
+    scheme: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        integers = (self.bits, self.qmin, self.qmax, *self.shape)
+        if not all(type(value) is int for value in integers) or not 2 <= self.bits <= 8:
+            raise FormatError(f"got {asdict(self)}, expected whole numbers and 2 to 8 bits")
+        if self.qmin not in (0, -(2 ** (self.bits - 1))) or self.qmax != self.qmin + 2**self.bits - 1:
+            raise FormatError(f"got integers from {self.qmin} to {self.qmax}, which is no grid of {self.bits} bits")
+        if self.granularity not in ("per_tensor", "per_channel") or self.scheme not in ("symmetric", "asymmetric"):
+            raise FormatError(f"got granularity {self.granularity!r} and scheme {self.scheme!r}")
+
+    @property
+    def zero_point_dtype(self) -> torch.dtype:
+        """uint8 where the grid starts at 0, else int8."""
+        return torch.uint8 if self.qmin == 0 else torch.int8
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """The grids of one packed layer; None where it is float."""
+
+    weight: GridFormat | None
+    input: GridFormat | None
+
+    @classmethod
+    def from_dict(cls, name: str, data: Any) -> "LayerFormat":
+        """Read what `to_dict` wrote.
+
+        Raises:
+            FormatError: naming the layer, if it is anything else.
+        """
+        try:
+            if set(data) != {"weight", "input"}:
+                raise FormatError(f"got keys {sorted(data)}, expected weight and input")
+            grids = {
+                key: None if grid is None else GridFormat(**{**grid, "shape": tuple(grid["shape"])})
+                for key, grid in data.items()
+            }
+            return cls(**grids)
+        except (TypeError, KeyError, AttributeError, FormatError) as error:
+            raise FormatError(f"the format of layer {name!r} cannot be read: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            key: None if grid is None else {**asdict(grid), "shape": list(grid.shape)}
+            for key, grid in (("weight", self.weight), ("input", self.input))
+        }
+
+
+class PackedLayer(nn.Module):
+    """Mixin of a layer in packed form.
+
+    Attributes (buffers):
+        weight_packed: uint8 `[out, ceil(n * bits / 8)]`, n weights per output channel; stored value = integer - qmin.
+        weight_scale: float32 `(1,)` or `(out,)`.
+        weight_zero_point: uint8 or int8, like the scale; None when symmetric.
+        input_scale: float32 `(1,)`; None where inputs stay float.
+        input_zero_point: uint8 or int8 `(1,)`; None when symmetric.
+        format: the grids.
+    """
+
+    format: LayerFormat
+    compute_dtype: torch.dtype
+    weight_packed: Tensor
+    weight_scale: Tensor | None
+    weight_zero_point: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the layer computes with it, unpacked, in the dtype of the model."""
+        # An AttributeError in here would be taken for a missing `weight` by nn.Module and hide its cause.
+        try:
+            grid = self.format.weight
+            if grid is None:
+                return cast(Tensor, self._parameters["weight"])
+            return self._unpack(grid).to(self.compute_dtype)
+        except AttributeError as error:
+            raise RuntimeError(f"the weight of {type(self).__name__} cannot be unpacked: {error}") from error
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Quantize the input as in training, then do what the layer always did."""
+        grid = self.format.input
+        if grid is not None and self.input_scale is not None:
+            input = fake_quantize(input, self.input_scale, self.input_zero_point, grid.qmin, grid.qmax)
+        return super().forward(input, *args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """There is nothing to initialise: everything comes from the checkpoint."""
+
+    def _unpack(self, grid: GridFormat) -> Tensor:
+        rows = list(grid.shape)
+        rows.insert(0, rows.pop(output_axis(self)))
+        values = unpack_bits(self.weight_packed, grid.bits, prod(rows[1:])).view(rows)
+        w_int = values.movedim(0, output_axis(self)) + grid.qmin
+        if self.weight_zero_point is not None:
+            w_int = w_int - broadcast_to_axis(self.weight_zero_point, w_int.ndim, output_axis(self))
+        assert self.weight_scale is not None
+        scale = broadcast_to_axis(self.weight_scale, w_int.ndim, output_axis(self))
+        return w_int.to(scale.dtype) * scale
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle and copy as "the class made for that base", because a class made at run time has no import path."""
+        return _new_packed_layer, (type(self).__bases__[1],), self.__dict__.copy()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
+        # A cast of the model decides the dtype of the unpacked weight; the scales keep all their digits.
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        scales = {id(scale) for scale in (self.weight_scale, self.input_scale)}
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in scales else moved
+
+        super()._apply(keep_precision, recurse)
+        return self
+
+
+_PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {}
+
+
+def _packed_class(base: type[nn.Module]) -> type[PackedLayer]:
+    """One class per base class, so that repeated blocks share one compiled graph."""
+    if base not in _PACKED_CLASSES:
+        _PACKED_CLASSES[base] = type(f"Packed{base.__name__}", (PackedLayer, base), {})
+    return _PACKED_CLASSES[base]
+
+
+def _new_packed_layer(base: type[nn.Module]) -> PackedLayer:
+    cls = _packed_class(base)
+    return cls.__new__(cls)
+
+
+def quantizer_tensors(name: str, layer_format: LayerFormat, axis: int) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Names, dtypes and shapes of the tensors that a packed layer has in a checkpoint.
+
+    Args:
+        name: of the layer.
+        layer_format: its grids.
+        axis: dimension of its weight that counts output channels.
+    """
+    expected: dict[str, tuple[torch.dtype, list[int]]] = {}
+    if layer_format.weight is not None:
+        grid = layer_format.weight
+        channels = grid.shape[axis]
+        scales = [channels if grid.granularity == "per_channel" else 1]
+        width = packed_width(prod(grid.shape) // max(channels, 1), grid.bits)
+        expected[f"{name}.weight_packed"] = (torch.uint8, [channels, width])
+        expected[f"{name}.weight_scale"] = (torch.float32, scales)
+        if grid.scheme == "asymmetric":
+            expected[f"{name}.weight_zero_point"] = (grid.zero_point_dtype, scales)
+    if layer_format.input is not None:
+        expected[f"{name}.input_scale"] = (torch.float32, [1])
+        if layer_format.input.scheme == "asymmetric":
+            expected[f"{name}.input_zero_point"] = (layer_format.input.zero_point_dtype, [1])
+    return expected
+
+
+def make_packed(layer: nn.Module, layer_format: LayerFormat) -> PackedLayer:
+    """Turn a float layer into an empty packed one, in place; its tensors are then to be loaded.
+
+    Args:
+        layer: a layer whose weight has the shape that `layer_format` says.
+        layer_format: its grids.
+
+    Raises:
+        FormatError: if the weight has another shape.
+    """
+    weight = cast(Tensor, layer.weight)
+    grid = layer_format.weight
+    if grid is not None and tuple(weight.shape) != tuple(grid.shape):
+        raise FormatError(f"got a weight of shape {list(grid.shape)}, but the model's is {list(weight.shape)}")
+    layer.__class__ = _packed_class(type(layer))
+    packed = cast(PackedLayer, layer)
+    packed.format = layer_format
+    packed.compute_dtype = weight.dtype
+    if grid is not None:
+        del packed._parameters["weight"]
+    tensors = quantizer_tensors("", layer_format, output_axis(packed))
+    for name in ("weight_packed", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point"):
+        spec = tensors.get(f".{name}")
+        empty = None if spec is None else torch.empty(spec[1], dtype=spec[0], device=weight.device)
+        packed.register_buffer(name, empty)
+    return packed
+
+
+def fill_packed(layer: PackedLayer, tensors: Mapping[str, Tensor]) -> None:
+    """Write integers, scales and zero-points into an empty packed layer.
+
+    Args:
+        layer: from `make_packed`.
+        tensors: `weight_int` shaped like the weight, and what else the layer has of `weight_scale`,
+            `weight_zero_point`, `input_scale` and `input_zero_point`.
+    """
+    for name, value in tensors.items():
+        if name == "weight_int":
+            assert layer.format.weight is not None
+            rows = value.movedim(output_axis(layer), 0).flatten(1) - layer.format.weight.qmin
+            layer.weight_packed.copy_(pack_bits(rows, layer.format.weight.bits))
+        else:
+            getattr(layer, name).copy_(value)
+
+
+# --- hf_oscqat.checkpoint
+FORMAT_VERSION = 1
+METADATA_KEY = "oscqat"
+DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32}
+
+
+class CheckpointError(ValueError):
+    """A packed checkpoint that cannot be trusted; the message names the tensor or layer."""
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    """Return the packed layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+
+
+def layers_to_dict(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the grids of each packed layer as plain data, for config.json and the header."""
+    return {name: layer.format.to_dict() for name, layer in packed_layers(model).items()}
+
+
+def header_metadata(model: nn.Module) -> dict[str, str]:
+    """Return what goes into the header of the file that holds this packed model."""
+    digests = {}
+    for name, layer in packed_layers(model).items():
+        for tensor_name, tensor in layer.named_buffers(prefix=name, recurse=False):
+            digests[tensor_name] = digest(tensor)
+    content = {"format_version": FORMAT_VERSION, "layers": layers_to_dict(model), "sha256": digests}
+    return {METADATA_KEY: json.dumps(content, separators=(",", ":"))}
+
+
+def digest(tensor: Tensor) -> str:
+    """Sha256 of a tensor's bytes in C order, little-endian, as hexadecimal digits."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def check_checkpoint(
+    files: Iterable[str], layers: Mapping[str, Any], model: nn.Module, ignored_prefixes: tuple[str, ...] = ()
+) -> None:
+    """Compare a packed checkpoint with config.json and with the model that is to hold it.
+
+    Args:
+        files: paths of its safetensors files.
+        layers: the grids in config.json, as `layers_to_dict` writes them.
+        model: a model in packed form, still empty, on any device.
+        ignored_prefixes: tensors and layers under these are ignored: the head of a model loaded without one.
+
+    Raises:
+        CheckpointError: at the first contradiction, with the name of the tensor or layer.
+    """
+    layers = {name: data for name, data in layers.items() if not _is_under(name, ignored_prefixes)}
+    expected = model.state_dict()
+    specs = {
+        name: spec
+        for layer_name, layer in packed_layers(model).items()
+        for name, spec in quantizer_tensors(layer_name, layer.format, output_axis(layer)).items()
+    }
+    seen: set[str] = set()
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                content = _read_metadata(path, file.metadata())
+                _compare_layers(content["layers"], layers, ignored_prefixes)
+                for name in file.keys():
+                    if _is_under(name, ignored_prefixes):
+                        continue
+                    _check_tensor(name, file.get_slice(name), expected, specs)
+                    if name in specs:
+                        _check_values(name, file.get_tensor(name), content["sha256"].get(name), layers)
+                    seen.add(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"got {path}, which is no whole safetensors file: {error}") from error
+    missing = sorted(expected.keys() - seen)
+    if missing:
+        raise CheckpointError(
+            f"got a checkpoint without {_listed(missing)}: it is incomplete, fetch or write it again"
+        )
+
+
+def _is_under(name: str, prefixes: tuple[str, ...]) -> bool:
+    return f"{name}.".startswith(prefixes) if prefixes else False
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _read_metadata(path: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    try:
+        content = json.loads((metadata or {})[METADATA_KEY])
+        version = content["format_version"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"got {path} without readable {METADATA_KEY!r} metadata, expected a file that hf_oscqat.pack wrote"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"got format_version {version!r} in {path}, expected {FORMAT_VERSION}: a newer hf_oscqat may read it"
+        )
+    for key in ("layers", "sha256"):
+        if not isinstance(content.get(key), dict):
+            raise CheckpointError(f"got {key}={content.get(key)!r} in the header of {path}, expected an object")
+    return content
+
+
+def _compare_layers(header: Mapping[str, Any], config: Mapping[str, Any], ignored_prefixes: tuple[str, ...]) -> None:
+    for name in sorted(header.keys() | config.keys()):
+        if _is_under(name, ignored_prefixes):
+            continue
+        if name not in header or name not in config:
+            place = "config.json" if name in config else "the header"
+            raise CheckpointError(f"got layer {name!r} in {place} only, expected header and config.json to agree")
+        if header[name] != config[name]:
+            raise CheckpointError(
+                f"got layer {name!r} as {header[name]} in the header and as {config[name]} in config.json, "
+                "expected them to agree: one of the two was changed"
+            )
+
+
+def _check_tensor(
+    name: str, stored: Any, expected: Mapping[str, Tensor], specs: Mapping[str, tuple[torch.dtype, list[int]]]
+) -> None:
+    if name not in expected:
+        raise CheckpointError(f"got tensor {name!r}, which the model has no place for")
+    shape, wanted = list(stored.get_shape()), list(expected[name].shape)
+    if shape != wanted:
+        raise CheckpointError(f"got tensor {name!r} of shape {shape}, expected {wanted}")
+    if name in specs and DTYPES.get(stored.get_dtype()) != specs[name][0]:
+        raise CheckpointError(f"got tensor {name!r} of type {stored.get_dtype()}, expected {specs[name][0]}")
+
+
+def _check_values(name: str, tensor: Tensor, sha256: Any, layers: Mapping[str, Any]) -> None:
+    layer, _, part = name.rpartition(".")
+    if part.endswith("_scale") and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+        raise CheckpointError(f"got a scale that is not finite and positive in {name!r}")
+    if part.endswith("_zero_point"):
+        grid = layers[layer][part.removesuffix("_zero_point")]
+        if not bool(((tensor >= grid["qmin"]) & (tensor <= grid["qmax"])).all()):
+            raise CheckpointError(f"got a zero-point outside {grid['qmin']} to {grid['qmax']} in {name!r}")
+    if sha256 != digest(tensor):
+        raise CheckpointError(f"got other contents of {name!r} than were written: its sha256 is not the header's")
+
+
+# --- hf_oscqat.integration.modeling
+REMOTE_CODE = "modeling_oscqat"
+PACKED_METHOD = "oscqat"
+
+
+class OscQATTimmConfig(TimmWrapperConfig):
+    """Configuration of a packed timm model; the fields are those of `TimmWrapperConfig`."""
+
+    model_type = "oscqat_timm"
+
+
+class _PublishedModel:
+    """What the published classes share: how they are saved."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save weights and config, and beside them the code that loading needs.
+
+        Args:
+            save_directory: folder, made if missing.
+            **kwargs: as in transformers.
+        """
+        model = cast(PreTrainedModel, self)
+        model.config.auto_map = {
+            "AutoConfig": f"{REMOTE_CODE}.{OscQATTimmConfig.__name__}",
+            "AutoModel": f"{REMOTE_CODE}.{OscQATTimmModel.__name__}",
+            "AutoModelForImageClassification": f"{REMOTE_CODE}.{OscQATTimmForImageClassification.__name__}",
+        }
+        # AutoImageProcessor looks here, and the processor finds timm's pretrained_cfg beside it.
+        model.config.image_processor_type = "TimmWrapperImageProcessor"
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        if kwargs.get("is_main_process", True):
+            # Beside this file lies the remote code; where this file is the remote code, that is itself.
+            source = Path(__file__).with_name(f"{REMOTE_CODE}.py").read_text(encoding="utf-8")
+            Path(save_directory, f"{REMOTE_CODE}.py").write_text(source, encoding="utf-8")
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """Whether transformers should copy the file of this class: never, `save_pretrained` above does."""
+        return False
+
+
+class OscQATTimmModel(_PublishedModel, TimmWrapperModel):
+    """A packed timm model without head, as `AutoModel` loads it."""
+
+    config_class = OscQATTimmConfig
+
+
+class OscQATTimmForImageClassification(_PublishedModel, TimmWrapperForImageClassification):
+    """A packed timm model with its classifier."""
+
+    config_class = OscQATTimmConfig
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed checkpoint where the package itself is not imported: kept as it is."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.__dict__.update(kwargs)
+        self.quant_method = PACKED_METHOD
+
+
+class PackedQuantizer(HfQuantizer):
+    """What `from_pretrained` does for a packed checkpoint: make the layers, check the file, refuse what is not whole."""
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        layers = getattr(self.quantization_config, "layers", None)
+        if getattr(self.quantization_config, "checkpoint_format", None) != "packed" or not isinstance(layers, dict):
+            raise CheckpointError(
+                "got a config.json whose quantization_config has no checkpoint_format 'packed' and layers, "
+                "expected what hf_oscqat.pack writes"
+            )
+        headless = ignore_head(model)
+        modules = dict(model.named_modules())
+        for name, data in layers.items():
+            if not f"{name}.".startswith(headless or ("\0",)):
+                if not isinstance(getattr(modules.get(name), "weight", None), Tensor):
+                    raise CheckpointError(f"got layer {name!r} in config.json, which the model does not have")
+                try:
+                    make_packed(modules[name], LayerFormat.from_dict(name, data))
+                except FormatError as error:
+                    raise CheckpointError(f"layer {name!r}: {error}") from error
+                # Its weight is computed; transformers must not initialise it.
+                modules[name]._is_hf_initialized = True
+        if checkpoint_files:
+            check_checkpoint(checkpoint_files, layers, model, headless)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_all_loaded(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Return no state dict of its own, and what goes into the header of the file."""
+        return None, header_metadata(model)
+
+    def is_serializable(self) -> bool:
+        """Whether `save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed integers cannot be trained."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `torch.compile` accepts the layers."""
+        return True
+
+
+def ignore_head(model: PreTrainedModel) -> tuple[str, ...]:
+    """Let a model that was built without its classifier pass over the tensors of one.
+
+    Returns:
+        What the names of those tensors begin with; empty for a model with a classifier.
+    """
+    if not isinstance(model, TimmWrapperModel):
+        return ()
+    timm_model = cast(Any, model.timm_model)
+    entry = (getattr(timm_model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    prefixes = tuple(f"timm_model.{name}." for name in ([entry] if isinstance(entry, str) else entry))
+    model._keys_to_ignore_on_load_unexpected = {rf"^{prefix}" for prefix in prefixes}
+    return prefixes
+
+
+def check_all_loaded(model: nn.Module) -> None:
+    """Refuse a model of which the checkpoint has filled a part only; transformers leaves the rest uninitialised.
+
+    Raises:
+        CheckpointError: naming the tensors.
+    """
+    state = model.state_dict(keep_vars=True)
+    empty = [name for name, tensor in state.items() if not getattr(tensor, "_is_hf_initialized", False)]
+    if empty:
+        some = ", ".join(empty[:5])
+        raise CheckpointError(f"got a checkpoint that does not fill {len(empty)} tensors of the model: {some}")
+
+
+# Without these entries transformers would warn of an unknown method and skip it. The package enters its own.
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(PACKED_METHOD, PackedConfig)
+AUTO_QUANTIZER_MAPPING.setdefault(PACKED_METHOD, PackedQuantizer)

@@ -1,0 +1,97 @@
+"""What `from_pretrained` does with an `OscQATConfig`: for the training form, the packed form, and a float model."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from hf_oscqat.checkpoint import CheckpointError
+from hf_oscqat.config import QUANT_METHOD, OscQATConfig
+from hf_oscqat.integration.modeling import PackedQuantizer, check_all_loaded, ignore_head
+from hf_oscqat.prepare import insert_quantizers
+from hf_oscqat.quantization.layers import quantized_layers, quantizers
+from hf_oscqat.remedies.tracker import OscillationState, attach_oscillation_state
+
+logger = logging.getLogger(__name__)
+
+
+class OscQATQuantizer(PackedQuantizer):
+    """The HfQuantizer of this package."""
+
+    quantization_config: OscQATConfig
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Keep the training form in float32: in 16 bits its latent weights could not move by one learning rate."""
+        if not self._is_packed and dtype not in (torch.float32, torch.float64):
+            logger.warning(
+                "got dtype=%s for a model in training form; it stays float32. Use bf16=True to train", dtype
+            )
+            return torch.float32
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        if self._is_packed:
+            super()._process_model_before_weight_loading(model, checkpoint_files, **kwargs)
+        elif self.pre_quantized:
+            ignore_head(model)
+            insert_quantizers(model, self.quantization_config, partial_model=True)
+            _attach_what_was_saved(model, checkpoint_files or ())
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self._is_packed:
+            return super()._process_model_after_weight_loading(model, **kwargs)
+        if not self.pre_quantized:
+            insert_quantizers(model, self.quantization_config)
+            return model
+        check_all_loaded(model)
+        for name, quantizer in quantizers(model):
+            quantizer.refresh()
+            if not bool((torch.isfinite(quantizer.scale) & (quantizer.scale > 0)).all()):
+                raise CheckpointError(f"got a scale that is not finite and positive in '{name}.scale'")
+        for module in model.modules():
+            if isinstance(module, OscillationState):
+                module.refresh()
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Return no state dict of its own, and what goes into the header of the file."""
+        return super().get_state_dict_and_metadata(model) if self._is_packed else (None, {})
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether Trainer may train the model."""
+        return not self._is_packed
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether Trainer may train the quantized weights themselves."""
+        return not self._is_packed
+
+    @property
+    def _is_packed(self) -> bool:
+        return self.quantization_config.checkpoint_format == "packed"
+
+
+def _attach_what_was_saved(model: PreTrainedModel, files: Sequence[str]) -> None:
+    """Make room for tracker state and frozen integers, which a checkpoint has if training has come that far."""
+    names: set[str] = set()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            names.update(file.keys())
+    for name, layer in quantized_layers(model):
+        # transformers must not initialise what it finds here: the weight is computed, and all else is in the file.
+        layer._is_hf_initialized = True  # type: ignore[assignment]
+        if f"{name}.oscillation.frequency" in names:
+            attach_oscillation_state(layer, count_total=f"{name}.oscillation.total" in names)
+        if f"{name}.weight_quantizer.frozen_int" in names and layer.weight_quantizer is not None:
+            layer.weight_quantizer.allow_freezing(layer.latent_weight)
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = OscQATConfig
+AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = OscQATQuantizer

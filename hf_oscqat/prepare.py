@@ -1,0 +1,408 @@
+"""From a float model to one that trains on the grid: choose the layers, give them quantizers, find initial ranges."""
+
+import copy
+import fnmatch
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
+
+from hf_oscqat.config import QUANT_METHOD, OscQATConfig
+from hf_oscqat.quantization.functional import output_axis
+from hf_oscqat.quantization.layers import (
+    QUANTIZABLE,
+    QuantizedLayer,
+    quantize_layer,
+    quantized_layers,
+    quantizers,
+)
+from hf_oscqat.quantization.quantizer import Quantizer
+from hf_oscqat.quantization.range_estimators import RANGE_ESTIMATORS, RangeEstimator
+from hf_oscqat.remedies.batchnorm import Batch, forward_batch
+
+logger = logging.getLogger(__name__)
+
+REFUSED = {
+    "StdConv2d": "it standardises its weight after reading it",
+    "StdConv2dSame": "it standardises its weight after reading it",
+    "ScaledStdConv2d": "it standardises its weight after reading it",
+    "ScaledStdConv2dSame": "it standardises its weight after reading it",
+    "CondConv2d": "it mixes several weights for each image",
+    "MultiheadAttention": "it uses its weights without calling the layers that hold them",
+    "LSTM": "recurrent layers are not supported",
+    "GRU": "recurrent layers are not supported",
+    "RNN": "recurrent layers are not supported",
+}
+"""Classes with matrices that cannot be quantized, and why."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is to be done with one layer.
+
+    Attributes:
+        name: module name in the model.
+        layer: the layer.
+        weight_bits: 2 to 8, or None for float.
+        input_bits: 2 to 8, or None for float.
+    """
+
+    name: str
+    layer: nn.Module
+    weight_bits: int | None
+    input_bits: int | None
+
+
+def prepare_qat(model: nn.Module, config: OscQATConfig) -> nn.Module:
+    """Give the layers of a float model their quantizers, in place; weights get their ranges at once.
+
+    Inputs get theirs from `calibrate`, which must run before the model does. Float checkpoints of the model keep
+    loading into it: the latent weight of a layer is still called `<layer>.weight`.
+
+    Args:
+        model: a timm model, or a transformers model that wraps one.
+        config: what to quantize, and how.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if a layer cannot be quantized, a pattern matches nothing, the model is prepared already or the
+            config describes a packed checkpoint. Nothing has been changed then.
+    """
+    if config.layers is not None or config.checkpoint_format != "qat":
+        raise ValueError(
+            f"got a config with checkpoint_format={config.checkpoint_format!r} and "
+            f"{'its' if config.layers else 'no'} layers, as pack writes it, expected one for training: make a new "
+            "OscQATConfig; packed checkpoints cannot be trained on"
+        )
+    insert_quantizers(model, config)
+    if isinstance(model, PreTrainedModel):
+        attach_config(model, config)
+    return model
+
+
+def insert_quantizers(model: nn.Module, config: OscQATConfig, *, partial_model: bool = False) -> None:
+    """Do the part of `prepare_qat` that concerns layers.
+
+    Args:
+        model: see `prepare_qat`; on the meta device the quantizers stay without a range.
+        config: see `prepare_qat`.
+        partial_model: whether a pattern may match nothing, as in a model loaded without its head.
+
+    Raises:
+        ValueError: see `prepare_qat`.
+    """
+    if any(True for _ in quantized_layers(model)):
+        raise ValueError("got a model that is prepared already, expected a float model")
+    plans = plan_layers(model, config, partial_model=partial_model)
+    ready = [(plan.layer, *_new_quantizers(plan, config)) for plan in plans]
+    for layer, weight_quantizer, input_quantizer in ready:
+        quantize_layer(layer, weight_quantizer, input_quantizer)
+
+
+def plan_layers(model: nn.Module, config: OscQATConfig, *, partial_model: bool = False) -> list[LayerPlan]:
+    """Decide what happens to each layer, without changing any.
+
+    Args:
+        model: see `prepare_qat`.
+        config: see `prepare_qat`.
+        partial_model: see `insert_quantizers`.
+
+    Raises:
+        ValueError: see `prepare_qat`.
+    """
+    float_patterns = _Patterns("modules_to_not_convert", config.modules_to_not_convert)
+    override_patterns = _Patterns("overrides", list(config.overrides))
+    candidates: dict[str, nn.Module] = {}
+    float_owners: list[str] = []
+    for name, module in model.named_modules():
+        reason = _why_refused(module)
+        if reason is None and not isinstance(module, QUANTIZABLE):
+            continue
+        if any(name.startswith(f"{owner}.") for owner in float_owners):
+            continue
+        if float_patterns.matching(name):
+            float_owners.append(name)
+        elif reason is not None:
+            raise ValueError(
+                f"got layer {short_name(name)!r} of class {type(module).__name__}, which cannot be quantized: {reason}. "
+                f"Leave it in float with modules_to_not_convert=[{short_name(name)!r}]"
+            )
+        else:
+            candidates[name] = module
+    if not candidates:
+        raise ValueError("got a model without a layer to quantize, expected Conv or Linear layers left to convert")
+
+    first, last = _first_and_last(model, candidates)
+    plans = []
+    for name, layer in candidates.items():
+        weight_bits, input_bits = config.weight_bits, config.activation_bits
+        if name in first or name in last:
+            weight_bits = config.first_last_bits if weight_bits is not None else None
+            input_bits = config.first_last_bits if input_bits is not None else None
+        if name in first:
+            input_bits = None
+        for pattern in override_patterns.matching(name):
+            override = config.overrides[pattern]
+            weight_bits = override.get("weight_bits", weight_bits)
+            input_bits = override.get("activation_bits", input_bits)
+        if weight_bits is not None or input_bits is not None:
+            plans.append(LayerPlan(name, layer, weight_bits, input_bits))
+    if not partial_model:
+        names = [short_name(name) for name in candidates]
+        float_patterns.check_all_matched(names)
+        override_patterns.check_all_matched(names)
+    return plans
+
+
+def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Find the initial range of every quantizer: of weights from their values, of inputs from data.
+
+    The batches pass through the model in float and in evaluation mode; none is kept.
+
+    Args:
+        model: a model that `prepare_qat` has prepared.
+        batches: training batches, each a tensor or a dict of what the model's forward takes.
+
+    Raises:
+        ValueError: if there are no batches, or no range can be found for a quantizer: it saw nothing but zeros, a NaN,
+            or was never called. The layer is named, and no range has been changed.
+    """
+    found = [
+        (name, layer.weight_quantizer, _weight_estimator(layer.weight_quantizer, layer.latent_weight))
+        for name, layer in quantized_layers(model)
+        if layer.weight_quantizer is not None
+    ]
+    with _observing_inputs(model) as observers:
+        if observers:
+            _run(model, batches)
+    never_called = [short_name(name) for name, observer in observers.items() if observer.estimator.batches == 0]
+    if never_called:
+        raise ValueError(
+            f"got no input at the quantizers of {', '.join(never_called)}: the model uses these weights without "
+            f"calling the layer. Leave them in float with modules_to_not_convert={never_called!r}"
+        )
+    found += [(name, observer.estimator.quantizer, observer.estimator) for name, observer in observers.items()]
+    ranges = []
+    for name, quantizer, estimator in found:
+        with _naming_layer(name):
+            ranges.append((quantizer, estimator.finish()))
+    for quantizer, grid in ranges:
+        quantizer.set_range(grid.scale, grid.zero_point, signed=grid.signed)
+
+
+def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the trainable scales and zero-points."""
+    return [p for _, quantizer in quantizers(model) for p in quantizer.parameters() if p.requires_grad]
+
+
+def model_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return everything trainable that is no scale or zero-point: latent weights, biases, normalisation."""
+    of_quantizers = {id(p) for p in quantizer_parameters(model)}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in of_quantizers]
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """One row of `describe`.
+
+    Attributes:
+        name: module name without `timm_model.`.
+        layer_class: class of the layer before preparation.
+        shape: shape of the weight.
+        weight_bits: None for float.
+        input_bits: None for float.
+    """
+
+    name: str
+    layer_class: str
+    shape: tuple[int, ...]
+    weight_bits: int | None
+    input_bits: int | None
+
+
+def describe(model: nn.Module) -> list[LayerDescription]:
+    """List every layer and every other parameter of two or more dimensions, with its widths.
+
+    Args:
+        model: any model; in one that is not prepared everything is float.
+    """
+    rows = []
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            quantized = isinstance(module, QuantizedLayer) and parameter_name == "weight"
+            if parameter.ndim < 2 and not quantized:
+                continue
+            own_name = name if parameter_name == "weight" else f"{name}.{parameter_name}".lstrip(".")
+            weight = module.weight_quantizer if isinstance(module, QuantizedLayer) and quantized else None
+            inputs = module.input_quantizer if isinstance(module, QuantizedLayer) and quantized else None
+            rows.append(
+                LayerDescription(
+                    short_name(own_name),
+                    type(module).__name__.removeprefix("Quantized"),
+                    tuple(parameter.shape),
+                    weight.num_bits if weight else None,
+                    inputs.num_bits if inputs else None,
+                )
+            )
+    return rows
+
+
+def attach_config(model: PreTrainedModel, config: OscQATConfig) -> None:
+    """Make a transformers model say that it is quantized by `config`, on a copy of its own config."""
+    model.config = copy.deepcopy(model.config)
+    model.config.quantization_config = config
+    # The registry gives the quantizer that `import hf_oscqat` entered there, so this module needs no import of it.
+    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+
+
+def short_name(name: str) -> str:
+    """Name of a module as patterns and messages use it, without the wrapper's `timm_model.`."""
+    return name.removeprefix("timm_model.")
+
+
+class _Patterns:
+    """fnmatch globs on short module names that remember whether they ever matched."""
+
+    def __init__(self, key: str, patterns: list[str]) -> None:
+        self.key = key
+        self.patterns = patterns
+        self.matched: set[str] = set()
+
+    def matching(self, name: str) -> list[str]:
+        found = [pattern for pattern in self.patterns if fnmatch.fnmatchcase(short_name(name), pattern)]
+        self.matched.update(found)
+        return found
+
+    def check_all_matched(self, names: list[str]) -> None:
+        for pattern in self.patterns:
+            if pattern not in self.matched:
+                some = ", ".join(names[:3])
+                raise ValueError(
+                    f"got pattern {pattern!r} in {self.key}, which matches no layer, expected a glob on names such as "
+                    f"{some} (hf_oscqat.describe(model) lists all)"
+                )
+
+
+def _why_refused(module: nn.Module) -> str | None:
+    if parametrize.is_parametrized(module):
+        return "its parameters are parametrized already"
+    return next((REFUSED[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in REFUSED), None)
+
+
+def _first_and_last(model: nn.Module, candidates: dict[str, nn.Module]) -> tuple[set[str], set[str]]:
+    """Names of the layers at both ends: as timm's config names them, else by order of definition."""
+    timm_model = getattr(model, "timm_model", model)
+    prefix = "timm_model." if timm_model is not model else ""
+    modules = {name for name, _ in model.named_modules()}
+    pretrained_cfg: Any = getattr(timm_model, "pretrained_cfg", None) or {}
+
+    def named(key: str, otherwise: str) -> set[str]:
+        entry = pretrained_cfg.get(key) or ()
+        names = {prefix + name for name in ([entry] if isinstance(entry, str) else entry)} & modules
+        # What timm names but somebody left in float is still the end of the model: no other layer takes its place.
+        return names & candidates.keys() if names else {otherwise}
+
+    names = list(candidates)
+    return named("first_conv", names[0]), named("classifier", names[-1])
+
+
+def _new_quantizers(plan: LayerPlan, config: OscQATConfig) -> tuple[Quantizer | None, Quantizer | None]:
+    """Make the quantizers of one layer, that of the weight with its range."""
+    weight: Tensor = plan.layer.weight  # type: ignore[assignment]
+    common: dict[str, Any] = {
+        "range_estimator": config.range_estimator,
+        "gradient_estimator": config.gradient_estimator,
+        "lsq_gradient_scaling": config.lsq_gradient_scaling,
+        "device": weight.device,
+        "dtype": torch.promote_types(weight.dtype, torch.float32),
+    }
+    weight_quantizer = input_quantizer = None
+    if plan.weight_bits is not None:
+        axis = output_axis(plan.layer)
+        weight_quantizer = Quantizer(
+            plan.weight_bits,
+            symmetric=config.weight_scheme == "symmetric",
+            signed=True,
+            channels=weight.shape[axis] if config.weight_granularity == "per_channel" else None,
+            axis=axis,
+            **common,
+        )
+        if not weight.is_meta:
+            with _naming_layer(plan.name):
+                scale, zero_point, _ = _weight_estimator(weight_quantizer, weight).finish()
+            weight_quantizer.set_range(scale, zero_point)
+    if plan.input_bits is not None:
+        input_quantizer = Quantizer(plan.input_bits, symmetric=config.activation_scheme == "symmetric", **common)
+    return weight_quantizer, input_quantizer
+
+
+def _weight_estimator(quantizer: Quantizer, weight: Tensor) -> RangeEstimator:
+    estimator = RANGE_ESTIMATORS[quantizer.range_estimator](quantizer, keep_all=True)
+    estimator.update(weight)
+    return estimator
+
+
+@contextmanager
+def _naming_layer(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"no range for layer {short_name(name)!r}: {error}") from error
+
+
+class _InputObserver(nn.Module):
+    """Stands in for an input quantizer during calibration: looks, and passes on what it saw."""
+
+    def __init__(self, name: str, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.name = name
+        self.estimator = RANGE_ESTIMATORS[quantizer.range_estimator](quantizer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with _naming_layer(self.name):
+            self.estimator.update(x)
+        return x
+
+
+@contextmanager
+def _observing_inputs(model: nn.Module) -> Iterator[dict[str, _InputObserver]]:
+    """Make every quantized layer a float layer whose input is watched; undone at the end."""
+    layers = dict(quantized_layers(model))
+    kept = {name: (layer.weight_quantizer, layer.input_quantizer) for name, layer in layers.items()}
+    observers = {name: _InputObserver(name, inputs) for name, (_, inputs) in kept.items() if inputs is not None}
+    try:
+        for name, layer in layers.items():
+            layer.weight_quantizer = None
+            layer.input_quantizer = observers.get(name)  # type: ignore[assignment]
+        yield observers
+    finally:
+        for name, (weights, inputs) in kept.items():
+            layers[name].weight_quantizer = weights
+            layers[name].input_quantizer = inputs
+
+
+@torch.no_grad()
+def _run(model: nn.Module, batches: Iterable[Batch]) -> None:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    count = 0
+    try:
+        for batch in batches:
+            forward_batch(model, batch)
+            count += 1
+    finally:
+        for module, training in modes:
+            module.training = training
+    if count == 0:
+        raise ValueError("got no batches to calibrate with, expected at least one")

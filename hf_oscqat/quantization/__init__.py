@@ -1,0 +1,1 @@
+"""What happens to one tensor or one layer: grids, learned quantizers, layers that use them, and packing."""

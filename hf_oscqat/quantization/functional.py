@@ -1,0 +1,225 @@
+"""Uniform quantization of one tensor, with the gradients of learned step size quantization (LSQ).
+
+Everything else in the package that needs the integer of a value asks `to_int`: the forward pass, the oscillation
+tracker, dampening and packing therefore cannot disagree about where a value is rounded to.
+
+The gradients are those of Esser et al., "Learned Step Size Quantization" (ICLR 2020, eq. 3) with a learned zero-point.
+The in-range mask is computed here and not left to `clamp`, whose gradient at its own bounds changed in torch 2.15.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+GRADIENT_ESTIMATORS = ("ste",)
+"""Names that `gradient_estimator` takes: how a gradient passes through the rounding."""
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def output_axis(layer: nn.Module) -> int:
+    """Dimension of a layer's weight that counts output channels: 1 for transposed convolutions, else 0."""
+    return 1 if isinstance(layer, TRANSPOSED) else 0
+
+
+def frozen_dtype(num_bits: int) -> torch.dtype:
+    """Smallest integer dtype that holds every integer of `num_bits` and one sentinel besides."""
+    return torch.int8 if num_bits < 8 else torch.int16
+
+
+def live_sentinel(dtype: torch.dtype) -> int:
+    """Value that marks a weight as not frozen in a tensor of frozen integers of this dtype."""
+    return torch.iinfo(dtype).min
+
+
+def is_frozen(frozen_int: Tensor) -> Tensor:
+    """Boolean mask of the weights that hold a frozen integer."""
+    return frozen_int != live_sentinel(frozen_int.dtype)
+
+
+def broadcast_to_axis(parameter: Tensor, ndim: int, axis: int) -> Tensor:
+    """View a scale or zero-point so that it broadcasts against a tensor with `ndim` dimensions.
+
+    Args:
+        parameter: 0-d or `(1,)` for one value per tensor, `(channels,)` for one per channel along `axis`, or already
+            of `ndim` dimensions.
+        ndim: number of dimensions of the tensor to be quantized.
+        axis: its channel dimension.
+
+    Returns:
+        A view of `parameter`.
+    """
+    if parameter.numel() == 1:
+        return parameter.reshape(())
+    if parameter.ndim == ndim:
+        return parameter
+    shape = [1] * ndim
+    shape[axis] = -1
+    return parameter.reshape(shape)
+
+
+def _grid_zero(zero_point: Tensor | None, qmin: int, qmax: int) -> Tensor | int:
+    return 0 if zero_point is None else zero_point.round().clamp(qmin, qmax)
+
+
+def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """At least float32, because bfloat16 cannot tell neighbouring integers of 8 bits apart after the division."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def to_int(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    *,
+    axis: int = 0,
+    frozen_int: Tensor | None = None,
+) -> Tensor:
+    """Integers of `x` on the grid: `clamp(round(x / scale) + zero_point, qmin, qmax)`, or the frozen integer.
+
+    Args:
+        x: values, any shape and floating dtype.
+        scale: step of the grid, positive; `(1,)` or `(channels,)`.
+        zero_point: integer that stands for 0.0, shaped like `scale`; a float is rounded and clamped to the grid.
+            None for a symmetric grid.
+        qmin: smallest integer of the grid.
+        qmax: largest integer of the grid.
+        axis: channel dimension of `x`, used where `scale` has one value per channel.
+        frozen_int: integers of frozen weights, shaped like `x`, with `live_sentinel` where a weight is not frozen.
+
+    Returns:
+        Whole numbers in `[qmin, qmax]`, shaped like `x`, float32 or wider. No gradient.
+    """
+    with torch.no_grad():
+        dtype = _compute_dtype(x, scale)
+        x_int = (x.to(dtype) / broadcast_to_axis(scale.to(dtype), x.ndim, axis)).round_()
+        if zero_point is not None:
+            x_int += _grid_zero(broadcast_to_axis(zero_point.to(dtype), x.ndim, axis), qmin, qmax)
+        x_int.clamp_(qmin, qmax)
+        if frozen_int is not None:
+            x_int = torch.where(is_frozen(frozen_int), frozen_int.to(dtype), x_int)
+        return x_int
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    *,
+    axis: int = 0,
+    frozen_int: Tensor | None = None,
+    gradient_scale: float = 1.0,
+    gradient_estimator: str = "ste",
+) -> Tensor:
+    """Round `x` to a grid and back to real values; differentiable in `x`, `scale` and `zero_point`.
+
+    With `w_int = to_int(x)` and `zero_point` z, forward is `scale * (w_int - z)`. For an upstream gradient g:
+
+    ===================  ===========  =======================  ==============
+    value                d/dx         d/dscale                 d/dzero_point
+    ===================  ===========  =======================  ==============
+    inside the grid      g            g * (round(x/s) - x/s)   0
+    clamped              0            g * (w_int - z)          -g * scale
+    frozen               0            g * (w_int - z)          -g * scale
+    ===================  ===========  =======================  ==============
+
+    Args:
+        x: values, any shape and floating dtype; rounding happens in float32 or wider.
+        scale: step of the grid, positive; `(1,)` or `(channels,)`.
+        zero_point: None for a symmetric grid, else shaped like `scale`; a learned float, rounded straight-through.
+        qmin: smallest integer of the grid.
+        qmax: largest integer of the grid.
+        axis: channel dimension of `x`, used where `scale` has one value per channel.
+        frozen_int: integers of frozen weights, with `live_sentinel` elsewhere; None if nothing is frozen.
+        gradient_scale: factor on the gradients of `scale` and `zero_point`; `lsq_gradient_scale` gives LSQ's.
+        gradient_estimator: one of `GRADIENT_ESTIMATORS`.
+
+    Returns:
+        Tensor shaped and typed like `x`.
+
+    Raises:
+        ValueError: if `gradient_estimator` is unknown.
+
+    Source: Esser et al. (ICLR 2020), eq. 2 to 4; freezing from Nagel et al. (ICML 2022), sec. 4.2.
+    """
+    if gradient_estimator not in GRADIENT_ESTIMATORS:
+        raise ValueError(
+            f"got gradient_estimator={gradient_estimator!r}, expected one of {', '.join(GRADIENT_ESTIMATORS)}"
+        )
+    return _FakeQuantize.apply(x, scale, zero_point, frozen_int, qmin, qmax, axis, gradient_scale)
+
+
+def lsq_gradient_scale(x: Tensor, scale: Tensor, qmax: int) -> float:
+    """LSQ's factor on the scale's gradient, `1 / sqrt(values per scale * qmax)` (Esser et al., sec. 2.2)."""
+    return (x.numel() // scale.numel() * qmax) ** -0.5
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Keeps `x` alone for backward; everything else is recomputed, which is cheaper than reading it back."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        frozen_int: Tensor | None,
+        qmin: int,
+        qmax: int,
+        axis: int,
+        gradient_scale: float,
+    ) -> Tensor:
+        x_int = to_int(x, scale, zero_point, qmin, qmax, axis=axis, frozen_int=frozen_int)
+        if zero_point is not None:
+            x_int = x_int - _grid_zero(broadcast_to_axis(zero_point.to(x_int.dtype), x.ndim, axis), qmin, qmax)
+        return (x_int * broadcast_to_axis(scale.to(x_int.dtype), x.ndim, axis)).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, zero_point, frozen_int, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale = inputs
+        ctx.save_for_backward(x, scale, zero_point, frozen_int)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero_point, frozen_int = ctx.saved_tensors
+        dtype = _compute_dtype(x, scale)
+        s = broadcast_to_axis(scale.to(dtype), x.ndim, ctx.axis)
+        z = None if zero_point is None else broadcast_to_axis(zero_point.to(dtype), x.ndim, ctx.axis)
+        z_int = _grid_zero(z, ctx.qmin, ctx.qmax)
+        grad = grad_output.to(dtype)
+
+        u = x.to(dtype) / s
+        rounded = u.round()
+        w_int = (rounded + z_int).clamp(ctx.qmin, ctx.qmax)
+        passes = w_int == rounded + z_int
+        if frozen_int is not None:
+            frozen = is_frozen(frozen_int)
+            passes = passes & ~frozen
+            w_int = torch.where(frozen, frozen_int.to(dtype), w_int)
+
+        grad_x = grad_scale = grad_zero_point = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.where(passes, grad, 0.0).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            per_value = grad * torch.where(passes, rounded - u, w_int - z_int)
+            grad_scale = _sum_like(per_value, s, scale) * ctx.gradient_scale
+        if z is not None and ctx.needs_input_grad[2]:
+            zero_on_grid = (z.round() >= ctx.qmin) & (z.round() <= ctx.qmax)
+            per_value = torch.where(~passes & zero_on_grid, -grad * s, 0.0)
+            grad_zero_point = _sum_like(per_value, s, zero_point) * ctx.gradient_scale
+        return grad_x, grad_scale, grad_zero_point, None, None, None, None, None
+
+
+def _sum_like(per_value: Tensor, broadcast: Tensor, parameter: Tensor) -> Tensor:
+    """Sum over everything that one value of `parameter` was used for."""
+    return per_value.sum_to_size(broadcast.shape).reshape(parameter.shape).to(parameter.dtype)

@@ -1,0 +1,106 @@
+"""Put quantizers into a layer of any class without replacing its forward.
+
+A mixin goes in front of the layer's own class and changes two things only: what `self.weight` returns, and what
+arrives as input. The layer keeps its padding rules, grouping and state-dict names, so `<layer>.weight` is the float
+latent weight and float checkpoints load as they are. An `isinstance` swap to a plain Conv2d would lose, for example,
+the SAME padding of timm's `Conv2dSame` without a word.
+
+Writing into `layer.weight` in place after this changes a computed tensor and is lost; write into `latent_weight`.
+"""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from hf_oscqat.quantization.functional import TRANSPOSED
+from hf_oscqat.quantization.quantizer import Quantizer
+
+QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *TRANSPOSED)
+
+
+class QuantizedLayer(nn.Module):
+    """Mixin of a layer in training form.
+
+    Attributes:
+        weight_quantizer: quantizer of the weight, or None where the weight stays float.
+        input_quantizer: quantizer of the input, or None where the input stays float.
+    """
+
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
+
+    @property
+    def latent_weight(self) -> nn.Parameter:
+        """The float weight that is trained."""
+        return cast(nn.Parameter, self._parameters["weight"])
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer computes with: on the grid, differentiable in latent weight and scale."""
+        # An AttributeError in here would send nn.Module looking for `weight` elsewhere, and it would find the float one.
+        try:
+            latent, quantizer = self.latent_weight, self.weight_quantizer
+            # A meta tensor has no values to quantize; who asks for one (a loader, say) wants the shape.
+            return latent if quantizer is None or latent.is_meta else quantizer(latent)
+        except AttributeError as error:
+            raise RuntimeError(f"the weight of {type(self).__name__} cannot be quantized: {error}") from error
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Quantize the input, then do what the layer always did."""
+        if self.input_quantizer is not None:
+            input = self.input_quantizer(input)
+        return super().forward(input, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle and copy as "the class made for that base", because a class made at run time has no import path."""
+        return _new_quantized_layer, (type(self).__bases__[1],), self.__dict__.copy()
+
+
+_QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {}
+
+
+def _quantized_class(base: type[nn.Module]) -> type[QuantizedLayer]:
+    """One class per base class, so that repeated blocks share one compiled graph."""
+    if base not in _QUANTIZED_CLASSES:
+        _QUANTIZED_CLASSES[base] = type(f"Quantized{base.__name__}", (QuantizedLayer, base), {})
+    return _QUANTIZED_CLASSES[base]
+
+
+def _new_quantized_layer(base: type[nn.Module]) -> QuantizedLayer:
+    cls = _quantized_class(base)
+    return cls.__new__(cls)
+
+
+def quantize_layer(
+    layer: nn.Module, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None
+) -> QuantizedLayer:
+    """Turn a layer into its training form, in place.
+
+    Args:
+        layer: an instance of one of `QUANTIZABLE` or a subclass that hands `self.weight` to the usual operation.
+        weight_quantizer: for its weight, or None.
+        input_quantizer: for its input, or None.
+
+    Returns:
+        The same object.
+    """
+    layer.__class__ = _quantized_class(type(layer))
+    quantized = cast(QuantizedLayer, layer)
+    quantized.weight_quantizer = weight_quantizer
+    quantized.input_quantizer = input_quantizer
+    return quantized
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Yield `(name, layer)` for each layer in training form, each module once, in the order of definition."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            yield name, module
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Yield `(name, quantizer)` for each quantizer of the model, named like its module."""
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            yield name, module

@@ -1,0 +1,205 @@
+"""The learned quantizer: a grid whose scale, and zero-point where it has one, are trained with the network.
+
+Freezing lives here because it belongs to the integers and not to the latent weights: a frozen weight keeps its
+integer whatever weight decay and momentum do to the latent value, and the scale goes on learning from it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_oscqat.quantization.functional import (
+    fake_quantize,
+    frozen_dtype,
+    is_frozen,
+    live_sentinel,
+    lsq_gradient_scale,
+    to_int,
+)
+
+
+class Quantizer(nn.Module):
+    """Fake-quantizes one tensor with a learned scale and, where asymmetric, a learned zero-point.
+
+    The scale is NaN until `set_range` gives it a value: a quantizer that was never calibrated refuses to run.
+
+    Args:
+        num_bits: width of an integer, 2 to 8.
+        symmetric: whether 0.0 is the integer 0; otherwise the grid is `[0, 2**num_bits - 1]` with a zero-point.
+        signed: whether a symmetric grid reaches below 0. None lets the data decide in `set_range`; until then, and in
+            an asymmetric grid, nothing is below 0.
+        channels: number of scales, along `axis`; None for one scale.
+        axis: channel dimension of what is quantized.
+        lsq_gradient_scaling: whether the gradients of scale and zero-point carry LSQ's `1 / sqrt(count * qmax)`.
+        gradient_estimator: how the gradient passes through the rounding.
+        range_estimator: how `calibrate` finds the initial range.
+        device: where the parameters are made.
+        dtype: their dtype, float32 or wider.
+
+    Attributes:
+        scale: parameter, `(1,)` or `(channels,)`, float32 or wider whatever the model is cast to.
+        zero_point: parameter like `scale`, or None.
+        frozen_int: buffer shaped like the weight once `allow_freezing` was called, else None.
+        calibrated: whether the scale has a value.
+    """
+
+    zero_point: nn.Parameter | None
+    frozen_int: Tensor | None
+    signed: Tensor | None
+
+    def __init__(
+        self,
+        num_bits: int,
+        *,
+        symmetric: bool = True,
+        signed: bool | None = None,
+        channels: int | None = None,
+        axis: int = 0,
+        lsq_gradient_scaling: bool = False,
+        gradient_estimator: str = "ste",
+        range_estimator: str = "mse",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.num_bits = num_bits
+        self.symmetric = symmetric
+        self.axis = axis
+        self.per_channel = channels is not None
+        self.lsq_gradient_scaling = lsq_gradient_scaling
+        self.gradient_estimator = gradient_estimator
+        self.range_estimator = range_estimator
+        self.calibrated = False
+        self.has_frozen = False
+        shape = (1 if channels is None else channels,)
+        self.scale = nn.Parameter(torch.full(shape, torch.nan, device=device, dtype=dtype))
+        if symmetric:
+            self.register_parameter("zero_point", None)
+        else:
+            self.zero_point = nn.Parameter(torch.full(shape, torch.nan, device=device, dtype=dtype))
+        # Which side of zero a symmetric grid covers is found in the data, so it must travel with the checkpoint; the
+        # plain bool beside the buffer spares every forward pass a look at the device.
+        self._is_signed = bool(signed) and symmetric
+        found_in_data = symmetric and signed is None
+        self.register_buffer("signed", torch.zeros(1, dtype=torch.uint8, device=device) if found_in_data else None)
+        self.register_buffer("frozen_int", None)
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether the grid reaches below 0."""
+        return self._is_signed
+
+    @property
+    def qmin(self) -> int:
+        """Smallest integer of the grid."""
+        return -(2 ** (self.num_bits - 1)) if self._is_signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """Largest integer of the grid."""
+        return self.qmin + 2**self.num_bits - 1
+
+    @torch.no_grad()
+    def set_range(self, scale: Tensor, zero_point: Tensor | None = None, *, signed: bool | None = None) -> None:
+        """Give the grid its initial values.
+
+        Args:
+            scale: positive and finite, `(1,)` or `(channels,)`, or broadcastable to it.
+            zero_point: like `scale`; wanted exactly where the quantizer is asymmetric.
+            signed: whether the data has values below 0; needed where the constructor left it open.
+
+        Raises:
+            ValueError: if a scale is not positive and finite, or zero_point or signed is missing or not wanted.
+        """
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise ValueError(f"got scale {scale.flatten().tolist()[:8]}, expected finite positive numbers")
+        if (zero_point is None) != self.symmetric:
+            wanted = "no zero_point: the grid is symmetric" if self.symmetric else "a zero_point: it is asymmetric"
+            raise ValueError(f"got zero_point={zero_point!r}, expected {wanted}")
+        if self.signed is not None:
+            if signed is None:
+                raise ValueError("got signed=None, expected True or False: this symmetric grid learns it from data")
+            self.signed.fill_(int(signed))
+            self._is_signed = signed
+        self.scale.copy_(scale.reshape(-1).expand_as(self.scale))
+        if self.zero_point is not None and zero_point is not None:
+            self.zero_point.copy_(zero_point.reshape(-1).expand_as(self.zero_point))
+        self.calibrated = True
+
+    def allow_freezing(self, like: Tensor) -> Tensor:
+        """Give the weights of this quantizer a place for frozen integers; does nothing if they have one.
+
+        Args:
+            like: the latent weight.
+
+        Returns:
+            `frozen_int`, shaped like the weight, `live_sentinel` everywhere when new.
+        """
+        if self.frozen_int is None:
+            dtype = frozen_dtype(self.num_bits)
+            self.frozen_int = torch.full_like(like, live_sentinel(dtype), dtype=dtype, requires_grad=False)
+        return self.frozen_int
+
+    def to_int(self, x: Tensor) -> Tensor:
+        """Integers of `x` on this grid, frozen ones included; see `functional.to_int`."""
+        return to_int(x, self.scale, self.zero_point, self.qmin, self.qmax, axis=self.axis, frozen_int=self._frozen())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize `x`.
+
+        Args:
+            x: any shape; its dimension `axis` has as many entries as there are scales, where there are several.
+
+        Returns:
+            Tensor shaped and typed like `x`.
+
+        Raises:
+            RuntimeError: if the quantizer was never calibrated.
+        """
+        if not self.calibrated:
+            raise RuntimeError(
+                "this quantizer has no range yet: run hf_oscqat.calibrate(model, batches) before the model is used"
+            )
+        gradient_scale = lsq_gradient_scale(x, self.scale, self.qmax) if self.lsq_gradient_scaling else 1.0
+        return fake_quantize(
+            x,
+            self.scale,
+            self.zero_point,
+            self.qmin,
+            self.qmax,
+            axis=self.axis,
+            frozen_int=self._frozen(),
+            gradient_scale=gradient_scale,
+            gradient_estimator=self.gradient_estimator,
+        )
+
+    def refresh(self) -> None:
+        """Read the plain attributes anew from the tensors; called after something else has filled them."""
+        if self.signed is not None:
+            self._is_signed = bool(self.signed.item())
+        self.calibrated = bool(torch.isfinite(self.scale).all())
+        self.has_frozen = self.frozen_int is not None and bool(is_frozen(self.frozen_int).any())
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        granularity = "per_channel" if self.per_channel else "per_tensor"
+        return f"num_bits={self.num_bits}, qmin={self.qmin}, qmax={self.qmax}, {granularity}"
+
+    def _frozen(self) -> Tensor | None:
+        return self.frozen_int if self.has_frozen else None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.scale.is_meta:
+            self.refresh()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.is_floating_point() and moved.element_size() < 4:
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_precision, recurse)

@@ -1,0 +1,10 @@
+"""What is done against oscillation, one file each, on a prepared model.
+
+`REMEDIES` is the one table a new remedy is entered in: the config accepts its key, the trainer runs it.
+"""
+
+from hf_oscqat.remedies.base import Remedy
+from hf_oscqat.remedies.dampening import Dampening
+from hf_oscqat.remedies.freezing import Freezing
+
+REMEDIES: dict[str, type[Remedy]] = {"dampening": Dampening, "freezing": Freezing}

@@ -1,0 +1,249 @@
+"""Track oscillations of quantized weights.
+
+A weight oscillates at a step when its integer moves against its previous move; its oscillation frequency is the
+exponential moving average of that event (Nagel et al., ICML 2022, sec. 2.2 and eq. 5). The published code counts inside
+every forward, evaluation included, so its frequencies decay with the size of the validation set. Here a tick is
+taken by whoever drives training, between backward and the optimizer's step, and nothing else moves the statistics.
+
+The state of a layer sits in the layer as buffers. It follows the model between devices, is saved with it and comes
+back with it, which is what makes a resumed run equal to one that was never stopped.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_oscqat.quantization.functional import frozen_dtype, is_frozen, live_sentinel
+from hf_oscqat.quantization.layers import QuantizedLayer, quantized_layers
+
+
+class OscillationState(nn.Module):
+    """Running oscillation statistics of one weight; it knows integers only.
+
+    Args:
+        weight: the latent weight, for shape and device.
+        num_bits: width of its integers.
+        count_total: also count every oscillation of every weight.
+
+    Attributes (buffers shaped like the weight):
+        previous_int: its integer at the last tick; `live_sentinel` before the first.
+        direction: int8, sign of its last move; 0 if it never moved.
+        frequency: float32 (float64 for a float64 weight), oscillations per optimizer step, in [0, 1].
+        mean_int: typed like `frequency`, moving average of its integer; NaN until freezing starts.
+        total: int32, oscillations so far, or None.
+    """
+
+    previous_int: Tensor
+    direction: Tensor
+    frequency: Tensor
+    mean_int: Tensor
+    total: Tensor | None
+
+    def __init__(self, weight: Tensor, num_bits: int, *, count_total: bool = False) -> None:
+        super().__init__()
+        weight = weight.detach()
+        dtype = frozen_dtype(num_bits)
+        precision = torch.promote_types(weight.dtype, torch.float32)
+        self.register_buffer("previous_int", torch.full_like(weight, live_sentinel(dtype), dtype=dtype))
+        self.register_buffer("direction", torch.zeros_like(weight, dtype=torch.int8))
+        self.register_buffer("frequency", torch.zeros_like(weight, dtype=precision))
+        self.register_buffer("mean_int", torch.full_like(weight, torch.nan, dtype=precision))
+        self.register_buffer("total", torch.zeros_like(weight, dtype=torch.int32) if count_total else None)
+        # Plain bools, so that a tick never asks the device; `refresh` reads them from the buffers after loading.
+        self.has_previous = False
+        self.has_mean = False
+
+    def observe(self, w_int: Tensor, momentum: float) -> None:
+        """Count one step.
+
+        Args:
+            w_int: integers of this step's forward, shaped like the weight, any dtype.
+            momentum: EMA step in (0, 1].
+        """
+        w_int = w_int.to(self.previous_int.dtype)
+        if self.has_previous:
+            move = (w_int - self.previous_int).sign().to(torch.int8)
+            oscillated = move * self.direction == -1
+            # The product in float32 also where the sum is float64, as published: with a threshold that equals the
+            # momentum, its rounding decides whether a single oscillation freezes a weight.
+            self.frequency.mul_(1 - momentum).add_(oscillated.float() * momentum)
+            self.direction.copy_(torch.where(move != 0, move, self.direction))
+            if self.total is not None:
+                self.total += oscillated
+        self.previous_int.copy_(w_int)
+        self.has_previous = True
+
+    def freeze(self, frozen_int: Tensor, threshold: float, momentum: float, *, use_ema: bool) -> None:
+        """Freeze the weights whose frequency exceeds `threshold`, each at its mean integer before this step.
+
+        A weight that was frozen before and is still above the threshold is set anew, as in the published code.
+
+        Args:
+            frozen_int: the quantizer's frozen integers, written in place.
+            threshold: oscillations per step, above 0.
+            momentum: EMA step of the mean integer, in (0, 1].
+            use_ema: freeze at the rounded mean integer; otherwise at the present one.
+        """
+        if not self.has_mean:
+            self.mean_int.copy_(self.previous_int)
+            self.has_mean = True
+        target = self.mean_int.round().to(frozen_int.dtype) if use_ema else self.previous_int
+        frozen_int.copy_(torch.where(self.frequency > threshold, target, frozen_int))
+        self.mean_int.lerp_(self.previous_int.to(self.mean_int.dtype), momentum)
+
+    def refresh(self) -> None:
+        """Read the plain attributes anew from the buffers; called after something else has filled them."""
+        sentinel = live_sentinel(self.previous_int.dtype)
+        self.has_previous = not bool((self.previous_int == sentinel).any())
+        self.has_mean = not bool(self.mean_int.isnan().any())
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.previous_int.is_meta:
+            self.refresh()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "OscillationState":
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_precision, recurse)
+
+
+class OscillationTracker:
+    """Tracks the oscillations of all low-bit weights of a prepared model, and freezes those that oscillate too often.
+
+    In a plain training loop, between `loss.backward()` and `optimizer.step()`:
+
+        tracker.tick(threshold)
+
+    Args:
+        model: a model that `prepare_qat` has prepared. Its layers receive the state (or keep what they have).
+        momentum: EMA step of the frequency and of the mean integer, in (0, 1]; memory is about 1/momentum steps.
+        max_bits: widest weights that are tracked; wider ones do not oscillate to any effect.
+        use_ema: freeze a weight at the rounded moving average of its integer; otherwise at its present integer.
+        oscillating_above: frequency above which a weight counts as oscillating.
+        count_total: also count every oscillation of every weight (4 bytes a weight more).
+
+    Attributes:
+        layers: name -> tracked layer.
+
+    Raises:
+        ValueError: if `momentum` is outside (0, 1] or the model is not prepared.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.001,
+        max_bits: int = 4,
+        use_ema: bool = True,
+        *,
+        oscillating_above: float = 0.005,
+        count_total: bool = False,
+    ) -> None:
+        if not 0 < momentum <= 1:
+            raise ValueError(f"got momentum={momentum!r}, expected a number in (0, 1]")
+        self.momentum = momentum
+        self.use_ema = use_ema
+        self.oscillating_above = oscillating_above
+        prepared = dict(quantized_layers(model))
+        if not prepared:
+            raise ValueError("got a model without quantized layers, expected a prepared one: run prepare_qat first")
+        self.layers: dict[str, QuantizedLayer] = {}
+        for name, layer in prepared.items():
+            quantizer = layer.weight_quantizer
+            if quantizer is not None and quantizer.num_bits <= max_bits:
+                attach_oscillation_state(layer, count_total=count_total)
+                quantizer.allow_freezing(layer.latent_weight)
+                self.layers[name] = layer
+
+    def tick(self, threshold: float = 0.0) -> None:
+        """Take one step of statistics; call it once per applied optimizer step, before that step.
+
+        Args:
+            threshold: freeze weights whose frequency exceeds it, from the next forward on; 0 freezes nothing.
+        """
+        for layer in self.layers.values():
+            assert layer.weight_quantizer is not None
+            oscillation_state(layer).observe(layer.weight_quantizer.to_int(layer.latent_weight), self.momentum)
+        if threshold > 0:
+            self.freeze(threshold)
+
+    def freeze(self, threshold: float) -> None:
+        """Freeze every tracked weight whose frequency exceeds `threshold`; the second half of a tick."""
+        for layer in self.layers.values():
+            quantizer = layer.weight_quantizer
+            assert quantizer is not None
+            oscillation_state(layer).freeze(
+                quantizer.allow_freezing(layer.latent_weight), threshold, self.momentum, use_ema=self.use_ema
+            )
+            quantizer.has_frozen = True
+
+    @property
+    def num_weights(self) -> int:
+        """Number of tracked weights."""
+        return sum(layer.latent_weight.numel() for layer in self.layers.values())
+
+    @property
+    def oscillating_fraction(self) -> float:
+        """Share of tracked weights whose frequency is above `oscillating_above`, in [0, 1]; 0 if none is tracked."""
+        return self._fraction(
+            [(oscillation_state(layer).frequency > self.oscillating_above).sum() for layer in self.layers.values()]
+        )
+
+    @property
+    def frozen_fraction(self) -> float:
+        """Share of tracked weights that are frozen, in [0, 1]; 0 if none is tracked."""
+        quantizers = [layer.weight_quantizer for layer in self.layers.values()]
+        return self._fraction([is_frozen(q.frozen_int).sum() for q in quantizers if q and q.frozen_int is not None])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Statistics and frozen integers by `<layer>.<name>`; the tensors themselves, also in the model's state dict."""
+        state: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            state |= oscillation_state(layer).state_dict(prefix=f"{name}.")
+            if layer.weight_quantizer is not None and layer.weight_quantizer.frozen_int is not None:
+                state[f"{name}.frozen_int"] = layer.weight_quantizer.frozen_int
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: if its names or shapes are not those of this tracker.
+        """
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+            raise ValueError(
+                f"got a state without {missing[:3]} and with {extra[:3]} besides, expected that of the same model"
+            )
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise ValueError(f"got {name} of shape {list(state[name].shape)}, expected {list(tensor.shape)}")
+            tensor.copy_(state[name])
+        for layer in self.layers.values():
+            oscillation_state(layer).refresh()
+            assert layer.weight_quantizer is not None
+            layer.weight_quantizer.refresh()
+
+    def _fraction(self, counts: list[Tensor]) -> float:
+        return float(torch.stack(counts).sum()) / self.num_weights if counts else 0.0
+
+
+def attach_oscillation_state(layer: QuantizedLayer, *, count_total: bool = False) -> None:
+    """Give a layer a place for its statistics, as `layer.oscillation`; does nothing if it has one."""
+    assert layer.weight_quantizer is not None
+    if not hasattr(layer, "oscillation"):
+        layer.oscillation = OscillationState(
+            layer.latent_weight, layer.weight_quantizer.num_bits, count_total=count_total
+        )
+
+
+def oscillation_state(layer: QuantizedLayer) -> OscillationState:
+    """Return the statistics of a tracked layer."""
+    state = layer.oscillation
+    assert isinstance(state, OscillationState)
+    return state
