@@ -8,6 +8,7 @@ from hf_oscqat.config import OscQATConfig
 from hf_oscqat.integration.export import pack
 from hf_oscqat.integration.modeling import OscQATTimmConfig, OscQATTimmForImageClassification, OscQATTimmModel
 from hf_oscqat.integration.register import register
+from hf_oscqat.integration.trainer import OscQATTrainer, OscQATTrainingArguments
 from hf_oscqat.prepare import calibrate, describe, model_parameters, prepare_qat, quantizer_parameters
 from hf_oscqat.quantization.functional import fake_quantize
 from hf_oscqat.remedies.batchnorm import reestimate_batchnorm
@@ -20,6 +21,8 @@ __all__ = [
     "OscQATTimmConfig",
     "OscQATTimmForImageClassification",
     "OscQATTimmModel",
+    "OscQATTrainer",
+    "OscQATTrainingArguments",
     "OscillationTracker",
     "calibrate",
     "dampening_loss",

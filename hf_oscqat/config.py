@@ -27,7 +27,8 @@ def check_keys(given: Iterable[str], valid: Collection[str], where: str) -> None
         if key not in valid:
             matches = difflib.get_close_matches(key, valid, n=1)
             meant = f" Did you mean {matches[0]!r}?" if matches else ""
-            raise ValueError(f"got unknown key {key!r} in {where}.{meant} Valid keys: {', '.join(sorted(valid))}")
+            valid_keys = f" Valid keys: {', '.join(sorted(valid))}" if len(valid) < 40 else ""
+            raise ValueError(f"got unknown key {key!r} in {where}.{meant}{valid_keys}")
 
 
 def _accept_remedies(cls: type["OscQATConfig"]) -> type["OscQATConfig"]:

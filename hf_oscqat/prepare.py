@@ -133,8 +133,8 @@ def plan_layers(model: nn.Module, config: OscQATConfig, *, partial_model: bool =
             float_owners.append(name)
         elif reason is not None:
             raise ValueError(
-                f"got layer {short_name(name)!r} of class {type(module).__name__}, which cannot be quantized: {reason}. "
-                f"Leave it in float with modules_to_not_convert=[{short_name(name)!r}]"
+                f"got layer {short_name(name)!r} of class {type(module).__name__}, which cannot be quantized: "
+                f"{reason}. Leave it in float with modules_to_not_convert=[{short_name(name)!r}]"
             )
         else:
             candidates[name] = module

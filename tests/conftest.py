@@ -1,6 +1,8 @@
 """Shared fixtures: everything here is small, deterministic and offline."""
 
 import os
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 # Before any Hugging Face library is imported: no test may reach for the network.
@@ -9,6 +11,16 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
+from torch import Tensor, nn
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
+from transformers.utils import logging as transformers_logging
+
+from hf_oscqat import OscQATConfig, calibrate, prepare_qat
+
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=50)
+settings.load_profile("repeatable")
+transformers_logging.disable_progress_bar()
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +31,74 @@ def _deterministic() -> None:
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     return Path(os.environ.get("OSCQAT_GOLDEN_DIR", Path(__file__).parent / "golden"))
+
+
+@pytest.fixture(scope="session")
+def make_net() -> Callable[[], nn.Module]:
+    """Makes a float network of four layers (`stem`, `dw`, `pw`, `head`); the same weights every time."""
+
+    def make() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            layers: dict[str, nn.Module] = {
+                "stem": nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+                "bn": nn.BatchNorm2d(8),
+                "act": nn.ReLU6(),
+                "dw": nn.Conv2d(8, 8, 3, padding=1, groups=8),
+                "pw": nn.Conv2d(8, 6, 1),
+                "pool": nn.AdaptiveAvgPool2d(1),
+                "flat": nn.Flatten(),
+                "head": nn.Linear(6, 5),
+            }
+            return nn.Sequential(OrderedDict(layers))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def images() -> Tensor:
+    """A batch for `make_net`."""
+    return torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="session")
+def make_prepared(make_net: Callable[[], nn.Module], images: Tensor) -> Callable[..., nn.Module]:
+    """Makes the network of `make_net` in training form, calibrated; takes the arguments of `OscQATConfig`."""
+
+    def make(**kwargs: object) -> nn.Module:
+        model = prepare_qat(make_net(), OscQATConfig(**kwargs))
+        calibrate(model, [images])
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_wrapper() -> Callable[..., nn.Module]:
+    """Makes transformers' wrapper around timm's `test_efficientnet` with random weights and five classes."""
+
+    def make(headless: bool = False) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            cls = TimmWrapperModel if headless else TimmWrapperForImageClassification
+            return cls(TimmWrapperConfig(architecture="test_efficientnet", num_labels=5, model_args={})).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pixel_values() -> Tensor:
+    """A batch for `make_wrapper`."""
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="session")
+def make_prepared_wrapper(make_wrapper: Callable[..., nn.Module], pixel_values: Tensor) -> Callable[..., nn.Module]:
+    """Makes the model of `make_wrapper` in training form, calibrated; takes the arguments of `OscQATConfig`."""
+
+    def make(headless: bool = False, **kwargs: object) -> nn.Module:
+        model = prepare_qat(make_wrapper(headless), OscQATConfig(**kwargs))
+        calibrate(model, [{"pixel_values": pixel_values}])
+        return model.eval()
+
+    return make

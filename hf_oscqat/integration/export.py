@@ -29,15 +29,16 @@ PUBLISHED = {
 def pack(model: nn.Module) -> nn.Module:
     """Return a new model in integer form that computes the same outputs; the argument stays as it is.
 
-    The weights become integers in a dense bit stream, frozen weights their frozen integers. The result can be run, saved
-    with `save_pretrained` if the argument was a transformers model, and loaded with `AutoModel`; it cannot be trained.
+    The weights become integers in a dense bit stream, frozen weights their frozen integers. The result can be run and,
+    if the argument was a transformers model, saved with `save_pretrained` and loaded with `AutoModel`. It cannot be
+    trained.
 
     Args:
         model: a prepared and calibrated model: a timm model, or transformers' wrapper around one.
 
     Raises:
-        ValueError: if the model is not prepared, a quantizer has no range or a bad one, or it is a transformers model of
-            another class.
+        ValueError: if the model is not prepared, a quantizer has no range or a bad one, or it is a transformers model
+            of another class.
     """
     layers = dict(quantized_layers(model))
     if not layers:

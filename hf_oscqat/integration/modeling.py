@@ -81,7 +81,7 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 class PackedQuantizer(HfQuantizer):
-    """What `from_pretrained` does for a packed checkpoint: make the layers, check the file, refuse what is not whole."""
+    """What `from_pretrained` does for a packed checkpoint: make the layers and check the file."""
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any

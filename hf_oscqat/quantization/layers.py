@@ -38,7 +38,7 @@ class QuantizedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight that the layer computes with: on the grid, differentiable in latent weight and scale."""
-        # An AttributeError in here would send nn.Module looking for `weight` elsewhere, and it would find the float one.
+        # An AttributeError in here would send nn.Module looking for `weight` elsewhere: it would find the float one.
         try:
             latent, quantizer = self.latent_weight, self.weight_quantizer
             # A meta tensor has no values to quantize; who asks for one (a loader, say) wants the shape.

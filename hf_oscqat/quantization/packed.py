@@ -1,7 +1,7 @@
 """The packed form of a layer: integers in a dense bit stream, scale and zero-point, and nothing to train.
 
 Like the training form it is a mixin in front of the layer's own class, so the same forward runs. Input rounding calls
-the function that training called and the weight is rebuilt by the same two operations, so the outputs agree to the bit.
+the function that training called, and the weight is rebuilt by the same two operations: outputs agree to the bit.
 """
 
 from collections.abc import Callable, Mapping

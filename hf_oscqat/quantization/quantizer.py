@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_oscqat.quantization.functional import (
+    broadcast_to_axis,
     fake_quantize,
     frozen_dtype,
     is_frozen,
@@ -145,6 +146,13 @@ class Quantizer(nn.Module):
     def to_int(self, x: Tensor) -> Tensor:
         """Integers of `x` on this grid, frozen ones included; see `functional.to_int`."""
         return to_int(x, self.scale, self.zero_point, self.qmin, self.qmax, axis=self.axis, frozen_int=self._frozen())
+
+    def to_grid(self, x: Tensor) -> Tensor:
+        """Where `x` lies between the integers of this grid: `x / scale + zero_point`, neither rounded nor clamped."""
+        position = x / broadcast_to_axis(self.scale, x.ndim, self.axis)
+        if self.zero_point is None:
+            return position
+        return position + broadcast_to_axis(self.zero_point, x.ndim, self.axis).round()
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize `x`.

@@ -91,7 +91,7 @@ class RangeEstimator(ABC):
         """Scale and zero-point of the grid that spans `[low, high]`, 0 always included."""
         levels = 2**self.quantizer.num_bits - 1
         if self.quantizer.symmetric:
-            # The published grid is symmetric in what it spans: its lowest integer, -2**(bits - 1), lies one step beyond.
+            # As published: the range spans -qmax to qmax, and the lowest integer lies one step beyond it.
             return torch.maximum(-low, high) / (levels // 2 if signed else levels), None
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = (high - low) / levels

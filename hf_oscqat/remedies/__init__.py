@@ -7,4 +7,4 @@ from hf_oscqat.remedies.base import Remedy
 from hf_oscqat.remedies.dampening import Dampening
 from hf_oscqat.remedies.freezing import Freezing
 
-REMEDIES: dict[str, type[Remedy]] = {"dampening": Dampening, "freezing": Freezing}
+REMEDIES: dict[str, type[Remedy]] = {remedy.name: remedy for remedy in (Dampening, Freezing)}

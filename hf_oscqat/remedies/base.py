@@ -17,8 +17,13 @@ class Remedy:
 
     Args:
         settings: an instance of the class's `Settings`.
+
+    Attributes:
+        name: its key in `REMEDIES` and in the config, and the beginning of what it logs.
+        Settings: dataclass of its settings.
     """
 
+    name: ClassVar[str]
     Settings: ClassVar[type[Any]]
 
     def __init__(self, settings: Any) -> None:

@@ -29,7 +29,7 @@ def forward_batch(model: nn.Module, batch: Batch) -> None:
         model(**{k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in batch.items()})
     else:
         raise TypeError(
-            f"got a batch of type {type(batch).__name__}, expected a tensor or a dict of what the model's forward takes"
+            f"got a batch of type {type(batch).__name__}, expected a tensor or a dict of what the model takes"
         )
 
 
@@ -73,7 +73,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch]) -> None:
             seen += 1
         if seen == 0:
             raise ValueError("got no batches for batch-norm re-estimation, expected at least one")
-        _average_over_processes(layers)
+        average_over_processes(layers)
         finished = True
     finally:
         for module, training in modes:
@@ -87,8 +87,11 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch]) -> None:
                 _fill(layer.running_var, var)
 
 
-def _average_over_processes(layers: list[_BatchNorm]) -> None:
+def average_over_processes(layers: list[_BatchNorm]) -> None:
+    """Replace running statistics by their average over all processes; does nothing in a single process."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if not layers:
         return
     statistics = [s for layer in layers for s in (layer.running_mean, layer.running_var) if s is not None]
     flat = torch.cat([s.flatten() for s in statistics])

@@ -82,6 +82,7 @@ class DampeningSettings:
 class Dampening(Remedy):
     """Adds the dampening loss with its annealed weight."""
 
+    name = "dampening"
     Settings = DampeningSettings
     settings: DampeningSettings
 

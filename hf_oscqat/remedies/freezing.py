@@ -52,6 +52,7 @@ class FreezingSettings:
 class Freezing(Remedy):
     """Freezes at each tick by the annealed threshold."""
 
+    name = "freezing"
     Settings = FreezingSettings
     settings: FreezingSettings
 

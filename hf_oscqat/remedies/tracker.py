@@ -1,9 +1,9 @@
 """Track oscillations of quantized weights.
 
 A weight oscillates at a step when its integer moves against its previous move; its oscillation frequency is the
-exponential moving average of that event (Nagel et al., ICML 2022, sec. 2.2 and eq. 5). The published code counts inside
-every forward, evaluation included, so its frequencies decay with the size of the validation set. Here a tick is
-taken by whoever drives training, between backward and the optimizer's step, and nothing else moves the statistics.
+exponential moving average of that event (Nagel et al., ICML 2022, sec. 2.2 and eq. 5). The published code counts in
+every forward, evaluation included, so its frequencies decay with the size of the validation set. Here a tick is taken
+by whoever drives training, between backward and the optimizer's step, and nothing else moves the statistics.
 
 The state of a layer sits in the layer as buffers. It follows the model between devices, is saved with it and comes
 back with it, which is what makes a resumed run equal to one that was never stopped.
@@ -200,7 +200,7 @@ class OscillationTracker:
         return self._fraction([is_frozen(q.frozen_int).sum() for q in quantizers if q and q.frozen_int is not None])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Statistics and frozen integers by `<layer>.<name>`; the tensors themselves, also in the model's state dict."""
+        """Statistics and frozen integers by `<layer>.<name>`: the tensors that the model's state dict has too."""
         state: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             state |= oscillation_state(layer).state_dict(prefix=f"{name}.")

@@ -1,0 +1,110 @@
+"""Top-1 and top-5 accuracy, inside Trainer and without it."""
+
+import time
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import EvalPrediction
+
+
+def keep_top5(logits: Any, labels: Tensor) -> Tensor:
+    """For `preprocess_logits_for_metrics`: the classes of the five largest logits, best first.
+
+    Trainer then collects five numbers an image and not a thousand.
+
+    Args:
+        logits: `[N, classes]`, or a tuple that begins with them.
+        labels: `[N]`, not looked at.
+
+    Returns:
+        int64 `[N, min(5, classes)]`.
+    """
+    logits = logits[0] if isinstance(logits, tuple | list) else logits
+    return torch.topk(logits, min(5, logits.shape[-1]), dim=-1).indices
+
+
+def accuracy_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """For `compute_metrics`, after `keep_top5`.
+
+    Returns:
+        `accuracy` and `top5_accuracy`, in [0, 1].
+    """
+    top5 = np.asarray(prediction.predictions)
+    hits = top5 == np.asarray(prediction.label_ids)[:, None]
+    return {"accuracy": float(hits[:, 0].mean()), "top5_accuracy": float(hits.any(1).mean())}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_accuracy` measured.
+
+    Attributes:
+        accuracy: share of images whose class got the largest logit, in [0, 1].
+        top5_accuracy: share of images whose class is among the five largest.
+        num_images: how many were looked at.
+        images_per_second: of the whole pass, decoding included.
+    """
+
+    accuracy: float
+    top5_accuracy: float
+    num_images: int
+    images_per_second: float
+
+
+def evaluate_accuracy(
+    model: nn.Module,
+    dataset: Dataset[dict[str, Any]],
+    *,
+    batch_size: int,
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+    num_workers: int = 0,
+    cpu: bool = False,
+    show_progress: bool = True,
+) -> Evaluation:
+    """Measure the accuracy of a classifier in any form, float, training or packed; on all processes together.
+
+    Args:
+        model: takes `pixel_values` and returns an object with `logits` `[N, classes]`.
+        dataset: with a length; its examples become `pixel_values` and `labels` by `collate`.
+        batch_size: images per process.
+        collate: makes a batch of a list of examples.
+        num_workers: processes that load images.
+        cpu: stay on the CPU.
+        show_progress: show a progress bar on the main process.
+
+    Returns:
+        The same numbers on each process.
+
+    Raises:
+        ValueError: if the dataset is empty.
+    """
+    if len(cast(Sized, dataset)) == 0:
+        raise ValueError("got an empty dataset, expected images to evaluate on")
+    accelerator = Accelerator(cpu=cpu)
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)
+    loader = accelerator.prepare(loader)
+    was_training = model.training
+    model.eval().to(accelerator.device)
+    hits, start = [], time.perf_counter()
+    bar = tqdm(loader, desc="Evaluating", leave=False, disable=not (show_progress and accelerator.is_main_process))
+    with torch.inference_mode():
+        for batch in bar:
+            logits = model(pixel_values=batch["pixel_values"]).logits
+            hit = keep_top5(logits, batch["labels"]) == batch["labels"][:, None]
+            hits.append(accelerator.gather_for_metrics(hit).cpu())
+    model.train(was_training)
+    seconds = time.perf_counter() - start
+    hit = torch.cat(hits)
+    return Evaluation(
+        accuracy=hit[:, 0].float().mean().item(),
+        top5_accuracy=hit.any(1).float().mean().item(),
+        num_images=len(hit),
+        images_per_second=len(hit) / seconds,
+    )

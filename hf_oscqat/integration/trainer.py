@@ -1,0 +1,293 @@
+"""`OscQATTrainer`: transformers' Trainer for a prepared model.
+
+It knows the places where a remedy may act and none of the remedies; everything it does can be done in a plain PyTorch
+loop with the same functions.
+"""
+
+import contextlib
+import logging
+import os
+import random
+from collections.abc import Iterator, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from hf_oscqat.config import OscQATConfig
+from hf_oscqat.integration.evaluate import accuracy_metrics, keep_top5
+from hf_oscqat.integration.optimizer import create_optimizer
+from hf_oscqat.prepare import model_parameters, quantizer_parameters
+from hf_oscqat.quantization.layers import quantized_layers, quantizers
+from hf_oscqat.remedies.batchnorm import average_over_processes, batchnorm_layers, reestimate_batchnorm
+from hf_oscqat.remedies.tracker import OscillationTracker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class OscQATTrainingArguments(TrainingArguments):
+    """Training arguments of transformers, with what low-bit training adds and defaults that suit it.
+
+    Different from transformers by default: SGD with a cosine schedule, no gradient clipping, no removal of dataset
+    columns, and no broadcast of buffers before every forward of DDP (all ranks compute the same ones).
+
+    Args:
+        weight_optimizer: "sgd" or "adamw" for everything but scales; scales always take Adam.
+        momentum: of SGD.
+        scale_learning_rate: of Adam for scales and zero-points, constant over training.
+        decay_norm_and_bias: whether weight decay also acts on biases and normalisation, as in the published code.
+        channels_last: use the memory format that GPUs with tensor cores prefer for convolutions.
+        track_oscillations: keep oscillation statistics also when no remedy needs them, for the log and the report.
+
+    Raises:
+        ValueError: if FSDP or DeepSpeed is asked for, or `weight_optimizer` is unknown.
+    """
+
+    weight_optimizer: str = field(default="sgd", metadata={"help": "sgd or adamw, for everything but scales."})
+    momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD."})
+    scale_learning_rate: float = field(default=1e-5, metadata={"help": "Adam's rate for scales, constant."})
+    decay_norm_and_bias: bool = field(default=True, metadata={"help": "Weight decay on biases and normalisation."})
+    channels_last: bool = field(default=False, metadata={"help": "Use the channels_last memory format."})
+    track_oscillations: bool = field(default=True, metadata={"help": "Keep oscillation statistics."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the weights' learning rate."})
+    learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of the weights."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the weights' gradient norm; 0 does not."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not take."})
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "As in DistributedDataParallel."})
+
+    def __post_init__(self) -> None:
+        if self.weight_optimizer not in ("sgd", "adamw"):
+            raise ValueError(f"got weight_optimizer={self.weight_optimizer!r}, expected 'sgd' or 'adamw'")
+        sharded = "DeepSpeed" if self.deepspeed else "FSDP" if self.fsdp else None
+        sharded = sharded or ("FSDP" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else None)
+        sharded = sharded or ("DeepSpeed" if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else None)
+        if sharded:
+            raise ValueError(
+                f"got {sharded}, expected plain data parallelism: oscillation statistics and frozen integers belong "
+                "to whole weights. The models that this trains fit on one device; use DistributedDataParallel"
+            )
+        super().__post_init__()
+
+
+class OscQATTrainer(Trainer):
+    """Trains a prepared and calibrated model, with the remedies of its config.
+
+    Args:
+        model: a transformers model after `prepare_qat` and `calibrate`, or one loaded in training form.
+        args: `OscQATTrainingArguments`.
+        **kwargs: as in transformers. `compute_metrics` defaults to top-1 and top-5 accuracy.
+
+    Attributes:
+        tracker: the oscillation tracker.
+        remedies: what acts against oscillation.
+
+    Raises:
+        ValueError: if the model is not prepared or not calibrated, or batch-norm is to be re-estimated from a dataset
+            without a length.
+    """
+
+    def __init__(self, model: PreTrainedModel, args: OscQATTrainingArguments | None = None, **kwargs: Any) -> None:
+        config = getattr(getattr(model, "config", None), "quantization_config", None)
+        if not isinstance(config, OscQATConfig) or not any(True for _ in quantized_layers(model)):
+            raise ValueError("got a model that is not prepared, expected one after hf_oscqat.prepare_qat")
+        uncalibrated = [name for name, quantizer in quantizers(model) if not quantizer.calibrated]
+        if uncalibrated:
+            raise ValueError(
+                f"got {len(uncalibrated)} quantizers without a range ({uncalibrated[0]}, ..), expected none: run "
+                "hf_oscqat.calibrate(model, batches)"
+            )
+        args = OscQATTrainingArguments() if args is None else args
+        if args.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if "compute_metrics" not in kwargs:
+            kwargs["compute_metrics"] = accuracy_metrics
+            kwargs.setdefault("preprocess_logits_for_metrics", keep_top5)
+        self.oscqat_config = config
+        self.remedies = config.remedies()
+        # Before the model is wrapped or loaded into: the statistics are buffers of its layers.
+        self.tracker = OscillationTracker(model, momentum=config.momentum) if args.track_oscillations else None
+        if self.tracker is None and self.remedies:
+            raise ValueError("got track_oscillations=False with remedies in the config, which need the tracker")
+        self._remedy_losses: dict[str, torch.Tensor] = {}
+        self._loss_count = 0
+        super().__init__(model=model, args=args, **kwargs)
+        if self._reestimates and self.train_dataset is not None and not isinstance(self.train_dataset, Sized):
+            raise ValueError(
+                "got a training dataset without a length, expected one that can be indexed: batch-norm re-estimation "
+                "draws from it. Or set batchnorm_reestimation_batches=0"
+            )
+
+    @property
+    def step(self) -> int:
+        """The optimizer step being made, counted from 1."""
+        return self.state.global_step + 1
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make one optimizer of two: weights by SGD or AdamW, scales by Adam."""
+        if self.optimizer is None:
+            args: OscQATTrainingArguments = self.args
+            optimizer = create_optimizer(
+                self._weight_groups(),
+                quantizer_parameters(self.model),
+                [quantizer.scale for _, quantizer in quantizers(self.model)],
+                weight_optimizer=args.weight_optimizer,
+                learning_rate=args.learning_rate,
+                momentum=args.momentum,
+                adam_betas=(args.adam_beta1, args.adam_beta2),
+                adam_epsilon=args.adam_epsilon,
+                scale_learning_rate=args.scale_learning_rate,
+            )
+            # Fires between backward and the step, once per step that is really taken: not for the micro-batches of
+            # gradient accumulation, nor for a step that fp16's scaler skips.
+            optimizer.register_step_pre_hook(self._tick)
+            self.optimizer = optimizer
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """Schedule the weights' learning rate; that of the scales stays constant, as published."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if isinstance(scheduler, LambdaLR):
+            count = len(self._weight_groups())
+            for i in range(count, len(scheduler.lr_lambdas)):
+                scheduler.lr_lambdas[i] = _constant
+                group = scheduler.optimizer.param_groups[i]
+                group["lr"] = scheduler.base_lrs[i]
+        return scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Compute the task loss and, in training, what the remedies add to it."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            for remedy in self.remedies:
+                extra = remedy.loss(self.model, self.step, self.state.max_steps)
+                if extra is not None:
+                    loss = loss + extra
+                    name = f"{remedy.name}_loss"
+                    self._remedy_losses[name] = self._remedy_losses.get(name, 0) + extra.detach()
+            self._loss_count += 1
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log to `report_to`, adding oscillation to what comes with a training loss."""
+        if "loss" in logs:
+            logs |= self._oscillation_scalars()
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate after re-estimating batch-norm statistics, which then stay in the model."""
+        if self._reestimates and self.train_dataset is not None:
+            self.reestimate_batchnorm()
+        else:
+            average_over_processes(batchnorm_layers(self.model))
+        return super().evaluate(*args, **kwargs)
+
+    def reestimate_batchnorm(self) -> None:
+        """Re-estimate batch-norm statistics on training batches, the same ones each time, shared among processes."""
+        batches = self.oscqat_config.batchnorm_reestimation_batches
+        wanted = batches * self.args.train_batch_size * self.args.world_size
+        generator = torch.Generator().manual_seed(self.args.seed)
+        indices = torch.randperm(len(self.train_dataset), generator=generator)[:wanted].tolist()
+        world_size, rank = self.args.world_size, self.args.process_index
+        indices = indices[: len(indices) - len(indices) % world_size] or indices * world_size
+        loader = DataLoader(
+            Subset(self.train_dataset, indices[rank::world_size]),
+            batch_size=min(self.args.train_batch_size, max(2, len(indices) // world_size)),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            # A last batch of one image would give batch-norm no variance.
+            drop_last=True,
+        )
+        model = self.accelerator.unwrap_model(self.model)
+        shown = not self.args.disable_tqdm and self.is_local_process_zero()
+        progress = tqdm(loader, desc="Re-estimating batch-norm", leave=False, disable=not shown)
+        with _fixed_randomness(self.args.seed):
+            reestimate_batchnorm(model, (self._images(batch) for batch in progress))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the training form; without transformers' `training_args.bin`, which is a pickle."""
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if self.args.should_save:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Each process has seen other images; without this, rank 0's statistics would be saved and the others' lost.
+        average_over_processes(batchnorm_layers(self.model))
+        super()._save_checkpoint(model, trial)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if self.args.channels_last and isinstance(inputs.get("pixel_values"), torch.Tensor):
+            inputs["pixel_values"] = inputs["pixel_values"].to(memory_format=torch.channels_last)
+        return inputs
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        # Scales have gradients of another order of magnitude; clipped together, only they would be heard.
+        return self.accelerator.clip_grad_norm_(model_parameters(self.model), self.args.max_grad_norm)
+
+    def _tick(self, *_: Any) -> None:
+        if self.tracker is not None:
+            self.tracker.tick()
+            for remedy in self.remedies:
+                remedy.on_tick(self.tracker, self.step, self.state.max_steps)
+
+    @property
+    def _reestimates(self) -> bool:
+        return self.oscqat_config.batchnorm_reestimation_batches > 0 and bool(batchnorm_layers(self.model))
+
+    def _images(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in self._prepare_inputs(batch).items() if k not in self.label_names}
+
+    def _weight_groups(self) -> list[dict[str, Any]]:
+        parameters = model_parameters(self.model)
+        if self.args.decay_norm_and_bias:
+            return [{"params": parameters, "weight_decay": self.args.weight_decay}]
+        return [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.args.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
+    def _oscillation_scalars(self) -> dict[str, float]:
+        scalars: dict[str, float] = {}
+        if self.tracker is not None:
+            scalars["oscillating_percent"] = 100 * self.tracker.oscillating_fraction
+            scalars["frozen_percent"] = 100 * self.tracker.frozen_fraction
+        step = max(1, self.state.global_step)
+        for remedy in self.remedies:
+            scalars |= remedy.scalars(step, self.state.max_steps)
+        scalars |= {name: float(total) / self._loss_count for name, total in self._remedy_losses.items()}
+        self._remedy_losses, self._loss_count = {}, 0
+        return scalars
+
+
+def _constant(step: int) -> float:
+    return 1.0
+
+
+@contextlib.contextmanager
+def _fixed_randomness(seed: int) -> Iterator[None]:
+    """Draw the same augmentations each time, and leave the generators that training uses as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,214 @@
+"""Layers in training form: their class, names and forward stay; only the weight and the input are quantized."""
+
+import copy
+import pickle
+
+import pytest
+import timm.layers
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_oscqat import OscQATConfig, prepare_qat
+from hf_oscqat.quantization.layers import QuantizedLayer, quantize_layer, quantized_layers, quantizers
+from hf_oscqat.quantization.quantizer import Quantizer
+
+
+def quantize(layer, num_bits=4, axis=0, inputs=True):
+    weights = Quantizer(num_bits, signed=True, axis=axis)
+    weights.set_range(torch.full((1,), 0.05))
+    input_quantizer = None
+    if inputs:
+        input_quantizer = Quantizer(num_bits, signed=True)
+        input_quantizer.set_range(torch.full((1,), 0.2))
+    return quantize_layer(layer, weights, input_quantizer)
+
+
+LAYERS = [
+    (lambda: nn.Linear(6, 4), (2, 6)),
+    (lambda: nn.Conv1d(6, 4, 3, groups=2), (2, 6, 5)),
+    (lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect", groups=2), (2, 6, 5, 5)),
+    (lambda: nn.Conv3d(6, 4, 3, dilation=2), (2, 6, 5, 5, 5)),
+    (lambda: nn.ConvTranspose1d(6, 4, 3), (2, 6, 5)),
+    (lambda: nn.ConvTranspose2d(6, 4, 3, stride=2, groups=2), (2, 6, 5, 5)),
+    (lambda: nn.ConvTranspose3d(6, 4, 2), (2, 6, 3, 3, 3)),
+    (lambda: timm.layers.Conv2dSame(6, 4, 3, stride=2), (2, 6, 7, 8)),
+    (lambda: timm.layers.Linear(6, 4), (2, 6)),
+]
+
+
+@pytest.mark.parametrize(("make", "shape"), LAYERS, ids=lambda part: str(part()).split("(")[0] if callable(part) else "")
+def test_forward_is_that_of_the_layer_on_quantized_weight_and_input(make, shape):
+    layer = make()
+    plain = copy.deepcopy(layer)
+    x = torch.randn(shape)
+    quantized = quantize(layer)
+    with torch.no_grad():
+        plain.weight.copy_(quantized.weight_quantizer(plain.weight))
+    expected = plain(quantized.input_quantizer(x))
+    assert torch.equal(quantized(x), expected)
+    assert not torch.equal(quantized(x), make()(x))
+
+
+def test_layer_is_the_same_object_and_still_of_its_class():
+    layer = nn.Conv2d(3, 4, 3)
+    assert quantize(layer) is layer
+    assert isinstance(layer, nn.Conv2d)
+    assert isinstance(layer, QuantizedLayer)
+
+
+def test_layers_of_one_class_share_one_class():
+    assert type(quantize(nn.Linear(2, 2))) is type(quantize(nn.Linear(5, 3)))
+    assert type(quantize(nn.Linear(2, 2))) is not type(quantize(nn.Conv2d(2, 2, 1)))
+
+
+def test_names_in_the_state_dict_stay_and_those_of_quantizers_are_added():
+    layer = nn.Conv2d(3, 4, 3)
+    before = list(layer.state_dict())
+    quantize(layer)
+    added = ["weight_quantizer.scale", "input_quantizer.scale", "input_quantizer.signed"]
+    assert list(layer.state_dict()) == before + [n for n in added if n in layer.state_dict()]
+    assert {"weight_quantizer.scale", "input_quantizer.scale"} <= set(layer.state_dict())
+
+
+def test_same_padding_of_timm_is_kept():
+    layer = timm.layers.Conv2dSame(3, 4, 3, stride=2)
+    x = torch.randn(1, 3, 7, 8)
+    shape = layer(x).shape
+    quantized = quantize(layer, inputs=False)
+    assert quantized(x).shape == shape == (1, 4, 4, 4)
+    padded = F.pad(x, (0, 1, 1, 1))
+    torch.testing.assert_close(quantized(x), F.conv2d(padded, quantized.weight, quantized.bias, stride=2))
+
+
+def test_state_dict_holds_the_latent_weight_and_not_the_rounded():
+    layer = nn.Linear(6, 4)
+    latent = layer.weight.detach().clone()
+    quantized = quantize(layer)
+    assert torch.equal(quantized.state_dict()["weight"], latent)
+    assert torch.equal(quantized.latent_weight, latent)
+    assert not torch.equal(quantized.weight, latent)
+    torch.testing.assert_close(quantized.weight / 0.05, (quantized.weight / 0.05).round())
+
+
+def test_gradient_reaches_latent_weight_scales_bias_and_input():
+    quantized = quantize(nn.Linear(6, 4))
+    x = torch.randn(3, 6, requires_grad=True)
+    quantized(x).square().sum().backward()
+    assert x.grad.abs().sum() > 0
+    for name, parameter in quantized.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_either_quantizer_may_be_missing():
+    x = torch.randn(2, 6)
+    weights_only = quantize(nn.Linear(6, 4), inputs=False)
+    assert torch.equal(weights_only(x), F.linear(x, weights_only.weight, weights_only.bias))
+    layer = nn.Linear(6, 4)
+    inputs = Quantizer(4, signed=True)
+    inputs.set_range(torch.ones(1))
+    inputs_only = quantize_layer(layer, None, inputs)
+    assert inputs_only.weight is inputs_only.latent_weight
+    assert torch.equal(inputs_only(x), F.linear(inputs(x), inputs_only.latent_weight, inputs_only.bias))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 6), lambda: timm.layers.Conv2dSame(6, 6, 1)])
+def test_copy_is_of_the_same_class_and_independent(clone, make):
+    layer = quantize(make())
+    again = clone(layer)
+    assert type(again) is type(layer)
+    assert again.state_dict().keys() == layer.state_dict().keys()
+    before = layer.weight.detach().clone()
+    assert torch.equal(again.weight, before)
+    with torch.no_grad():
+        again.latent_weight.add_(1)
+        again.weight_quantizer.scale.mul_(2)
+    assert torch.equal(layer.weight, before)
+
+
+def test_attribute_error_inside_the_weight_is_not_swallowed():
+    # nn.Module would answer an AttributeError of a property by looking `weight` up among its parameters.
+    layer = quantize(nn.Linear(6, 4))
+    del layer.weight_quantizer
+    with pytest.raises(RuntimeError, match="weight of QuantizedLinear cannot be quantized.*weight_quantizer"):
+        _ = layer.weight
+
+
+def test_new_parameter_assigned_to_weight_becomes_the_latent_weight():
+    layer = quantize(nn.Linear(6, 4))
+    new = nn.Parameter(torch.randn(4, 6))
+    layer.weight = new
+    assert layer.latent_weight is new
+    assert torch.equal(layer.weight, layer.weight_quantizer(new))
+    assert torch.equal(layer.state_dict()["weight"], new)
+
+
+def test_uncalibrated_weight_is_an_error_when_it_is_used():
+    layer = quantize_layer(nn.Linear(6, 4), Quantizer(4, signed=True), None)
+    with pytest.raises(RuntimeError, match="no range yet"):
+        layer(torch.randn(2, 6))
+
+
+def test_weight_on_the_meta_device_is_the_latent_one():
+    with torch.device("meta"):
+        layer = quantize_layer(nn.Linear(6, 4), Quantizer(4, signed=True), None)
+    assert layer.weight is layer.latent_weight
+    assert layer.weight.shape == (4, 6)
+
+
+def test_model_prepared_on_the_meta_device_takes_a_state_dict(make_net, make_prepared, images):
+    trained = make_prepared().eval()
+    with torch.device("meta"):
+        empty = make_net()
+    prepare_qat(empty, OscQATConfig())
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    empty.load_state_dict(trained.state_dict(), assign=True)
+    for _, quantizer in quantizers(empty):
+        quantizer.refresh()
+    assert torch.equal(empty.eval()(images), trained(images))
+
+
+def test_half_precision_model_computes_with_weights_of_its_dtype(make_prepared, images):
+    model = make_prepared().bfloat16().eval()
+    assert model.pw.weight.dtype == model.pw.latent_weight.dtype == torch.bfloat16
+    assert model(images.bfloat16()).dtype == torch.bfloat16
+    assert {q.scale.dtype for _, q in quantizers(model)} == {torch.float32}
+
+
+def test_autocast_runs_the_layer_in_half_precision_and_sums_gradients_in_float32(make_prepared, images):
+    model = make_prepared()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(images)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_compiled_layers_equal_eager(make_prepared):
+    torch._dynamo.reset()
+    model = make_prepared(activation_scheme="asymmetric")[3:5]
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    x = torch.rand(2, 8, 5, 5)
+    outputs = []
+    for module in (model, compiled):
+        y = module(x)
+        y.square().sum().backward()
+        outputs.append([y.detach(), *(p.grad for p in module.parameters())])
+    for eager, ours in zip(*outputs, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_and_quantizers_are_listed_by_module_name(make_prepared):
+    model = make_prepared()
+    assert [name for name, _ in quantized_layers(model)] == ["stem", "dw", "pw", "head"]
+    assert [name for name, _ in quantizers(model)] == [
+        "stem.weight_quantizer",
+        "dw.weight_quantizer",
+        "dw.input_quantizer",
+        "pw.weight_quantizer",
+        "pw.input_quantizer",
+        "head.weight_quantizer",
+        "head.input_quantizer",
+    ]

@@ -1,0 +1,222 @@
+"""The recipe and the command line of `run_qat.py`: YAML files, then `--key value`, then typed settings.
+
+A recipe's keys are flat and are those of the four argument classes; `quantization` is a mapping of `OscQATConfig`
+arguments, reached from the command line with dots: `--quantization.freezing.threshold 0.02`. A recipe may `include`
+others. A key that nothing reads is an error.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from data import DataArguments
+from hf_oscqat import OscQATConfig, OscQATTrainingArguments
+from hf_oscqat.config import check_keys
+
+USAGE = """usage: accelerate launch training/run_qat.py [RECIPE.yaml ..] [--KEY VALUE ..] [--quantization.KEY VALUE ..]
+
+Trains a timm model on a low-bit grid and writes a packed checkpoint. Recipes are merged in order, then the options.
+--quantization.KEY takes every argument of hf_oscqat.OscQATConfig; the keys below are the rest.
+"""
+
+
+@dataclass
+class ModelArguments:
+    """Which model to start from."""
+
+    model_name_or_path: str = field(
+        default="mobilenetv2_100",
+        metadata={"help": "A timm name, a folder or a Hub id with a timm model saved by transformers or timm."},
+    )
+    pretrained: bool = field(default=False, metadata={"help": "Download the pretrained weights of a timm name."})
+    model_args: dict | str | None = field(
+        default=None, metadata={"help": 'Arguments of timm.create_model, as JSON: {"output_stride": 8}.'}
+    )
+
+    def __post_init__(self) -> None:
+        """Read `model_args` where the command line gave text.
+
+        Raises:
+            ValueError: if it is no JSON object.
+        """
+        if isinstance(self.model_args, str):
+            try:
+                self.model_args = json.loads(self.model_args)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"got model_args={self.model_args!r}, expected a JSON object") from error
+        if self.model_args is not None and not isinstance(self.model_args, dict):
+            raise ValueError(f"got model_args={self.model_args!r}, expected a mapping")
+
+
+@dataclass
+class RunArguments:
+    """What to do with the model besides training it on the grid."""
+
+    float_epochs: float = field(
+        default=0.0, metadata={"help": "Epochs of float training first, for a model without weights."}
+    )
+    float_learning_rate: float = field(default=1e-3, metadata={"help": "Its learning rate; the optimizer is AdamW."})
+    calibration_batches: int = field(default=8, metadata={"help": "Training batches that initial ranges come from."})
+    evaluate_baselines: bool = field(
+        default=True, metadata={"help": "Also measure the float model and its plain rounding before training."}
+    )
+    eval_only: bool = field(default=False, metadata={"help": "Evaluate the model as it is, and stop."})
+    model_license: str | None = field(
+        default=None, metadata={"help": "Licence of the result, where the float model states none."}
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run is told.
+
+    Attributes:
+        model: see `ModelArguments`.
+        data: see `data.DataArguments`.
+        run: see `RunArguments`.
+        training: see `OscQATTrainingArguments`.
+        quantization: see `OscQATConfig`.
+        recipe: the merged recipe and options as plain data, to be written beside the results.
+        command: the command line.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    run: RunArguments
+    training: OscQATTrainingArguments
+    quantization: OscQATConfig
+    recipe: dict[str, Any]
+    command: str
+
+
+class RecipeError(ValueError):
+    """A recipe or an option cannot be used."""
+
+
+ARGUMENT_CLASSES = (ModelArguments, DataArguments, RunArguments, OscQATTrainingArguments)
+
+
+def parse(argv: list[str]) -> Settings:
+    """Read recipes and options.
+
+    Args:
+        argv: the command line without the program's name.
+
+    Raises:
+        ValueError: for anything that cannot be used; the message names it.
+        SystemExit: after printing the help that was asked for.
+    """
+    if "--help" in argv or "-h" in argv:
+        raise SystemExit(USAGE + _parser().format_help())
+    first_option = next((i for i, token in enumerate(argv) if token.startswith("--")), len(argv))
+    recipe: dict[str, Any] = {}
+    for path in argv[:first_option]:
+        recipe = _merge(recipe, load_recipe(path))
+    recipe = _merge(recipe, _read_options(argv[first_option:]))
+
+    flat = {key: value for key, value in recipe.items() if key != "quantization"}
+    names = [f.name for cls in ARGUMENT_CLASSES for f in fields(cls) if f.init]
+    check_keys(flat, [*names, "quantization"], "the recipe or the options")
+    quantization = recipe.get("quantization") or {}
+    if not isinstance(quantization, Mapping):
+        raise RecipeError(f"got quantization={quantization!r}, expected a mapping of OscQATConfig arguments")
+    config = OscQATConfig(**quantization)
+    # argparse knows how to turn the text or number of each key into the type of its field.
+    model, data, run, training = _parser().parse_args_into_dataclasses(_to_argv(flat), look_for_args_file=False)
+    return Settings(model, data, run, training, config, recipe, " ".join(["training/run_qat.py", *argv]))
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Read a recipe with everything it includes.
+
+    Args:
+        path: YAML file; `include` in it lists others, relative to it. Later ones win, the file itself wins over all.
+
+    Raises:
+        RecipeError: if a file is missing or no YAML mapping, or includes itself.
+    """
+    return _load_recipe(Path(path), ())
+
+
+def _load_recipe(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in including:
+        raise RecipeError(f"got {path}, which includes itself")
+    try:
+        own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise RecipeError(f"got recipe {path}, which cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"got recipe {path}, which is no YAML: {error}") from error
+    own = {} if own is None else own
+    if not isinstance(own, dict):
+        raise RecipeError(f"got recipe {path} holding a {type(own).__name__}, expected keys with values")
+    merged: dict[str, Any] = {}
+    for included in own.pop("include", None) or []:
+        merged = _merge(merged, _load_recipe(path.parent / included, (*including, path.resolve())))
+    return _merge(merged, own)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        deeper = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if deeper else value
+    return merged
+
+
+def _read_options(tokens: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    position = 0
+    while position < len(tokens):
+        token = tokens[position]
+        if not token.startswith("--"):
+            raise RecipeError(f"got {token!r}, expected an option such as --learning_rate 0.01; recipes come first")
+        position += 1
+        key, equals, inline = token.removeprefix("--").partition("=")
+        values = [inline] if equals else []
+        while not equals and position < len(tokens) and not tokens[position].startswith("--"):
+            values.append(tokens[position])
+            position += 1
+        parsed = [yaml.load(value, Loader=_Loader) for value in values]
+        nested: Any = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
+        for part in reversed(key.replace("-", "_").split(".")):
+            nested = {part: nested}
+        options = _merge(options, nested)
+    return options
+
+
+def _to_argv(flat: Mapping[str, Any]) -> list[str]:
+    argv: list[str] = []
+    for key, value in flat.items():
+        if value is None:
+            continue
+        argv.append(f"--{key}")
+        if isinstance(value, Mapping):
+            argv.append(json.dumps(value))
+        else:
+            argv += [str(item) for item in (value if isinstance(value, list) else [value])]
+    return argv
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message}. See --help")
+
+
+def _parser() -> _Parser:
+    return _Parser(ARGUMENT_CLASSES, allow_abbrev=False, add_help=False, usage="")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-5 for text; people who write it mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)

@@ -1,0 +1,474 @@
+"""From a float timm model to a packed low-bit checkpoint, in one command.
+
+    accelerate launch training/run_qat.py training/recipes/mobilenetv2_w4a4_freeze.yaml --train_dir .. --validation_dir ..
+
+Float training if asked for, baselines, calibration, training on the grid, packing, and a check of the result: the
+packed checkpoint is loaded the way its users will and must compute what the trained model computes. The same command
+again continues from the last checkpoint.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from arguments import ModelArguments, RunArguments, Settings, load_recipe, parse
+from data import ImageData, ImageDataset, build_transforms, collate, load_image_data, resolve_data_config
+from hf_oscqat import OscQATTrainer, OscQATTrainingArguments, calibrate, describe, pack, prepare_qat
+from hf_oscqat.checkpoint import packed_layers
+from hf_oscqat.config import OscQATConfig
+from hf_oscqat.hub.card import render_card
+from hf_oscqat.integration.evaluate import Evaluation, accuracy_metrics, evaluate_accuracy, keep_top5
+from hf_oscqat.integration.models import timm_wrapper
+from hf_oscqat.quantization.layers import quantized_layers
+from hf_oscqat.remedies import REMEDIES
+from hf_oscqat.report.pictures import draw_distances, draw_oscillation
+from hf_oscqat.report.recorder import distance_histogram
+
+__all__ = ["ModelArguments", "RunArguments", "load_recipe", "main", "parse"]
+
+logger = logging.getLogger("run_qat")
+
+RECIPE, RESULTS, BEFORE = "recipe.yaml", "results.json", "before_training.json"
+# What may differ between a run and its continuation: where it writes and what it shows, not what it computes.
+FREE_TO_CHANGE = {
+    "output_dir", "logging_steps", "logging_strategy", "report_to", "disable_tqdm", "save_total_limit", "log_level",
+    "dataloader_num_workers", "run_name", "model_license", "evaluate_baselines",
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run everything.
+
+    Args:
+        argv: the command line without the program's name; None takes the real one.
+
+    Returns:
+        The results, as written to `results.json`; with `--eval_only`, what was measured.
+
+    Raises:
+        ValueError: for anything in recipe, data or model that cannot be used; the message says what to do.
+    """
+    settings = parse(sys.argv[1:] if argv is None else argv)
+    training, run = settings.training, settings.run
+    logging.basicConfig(level=logging.INFO if training.process_index == 0 else logging.ERROR, format="%(message)s")
+    set_seed(training.seed)
+    output_dir = Path(training.output_dir)
+
+    data = load_image_data(settings.data, seed=training.seed, need_train=not run.eval_only)
+    if run.eval_only:
+        return _evaluate_only(settings, data)
+    with training.main_process_first():
+        checkpoint = open_output_dir(output_dir, settings)
+
+    model = float_model(settings, data)
+    baselines: dict[str, Evaluation] = {}
+    if run.evaluate_baselines:
+        baselines["float"] = _evaluate(model, data.validation, training)
+    float_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    if not any(True for _ in quantized_layers(model)):
+        prepare_qat(model, settings.quantization)
+        calibrate(model.to(training.device), _calibration_batches(data, settings))
+    if run.evaluate_baselines:
+        baselines["rounded"] = _evaluate(model, data.validation, training)
+    if checkpoint is None and training.should_save:
+        _write_json(output_dir / BEFORE, distance_histogram(model).to_dict())
+
+    trainer = OscQATTrainer(
+        model=model,
+        args=training,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=collate,
+    )
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.evaluate()  # re-estimates batch-norm on the final weights
+    trainer.save_model(str(output_dir / "qat"))
+    trainer.save_state()
+
+    model = trainer.accelerator.unwrap_model(trainer.model).cpu().eval()
+    packed_dir = output_dir / "packed"
+    if training.should_save:
+        _prune_config(model)
+        pack(model).save_pretrained(packed_dir)
+    trainer.accelerator.wait_for_everyone()
+    loaded = AutoModelForImageClassification.from_pretrained(packed_dir)
+    difference = _largest_difference(model, loaded, data.validation)
+    if not difference <= 1e-5:
+        raise RuntimeError(f"the packed model differs from the trained one by {difference:.1e} of the largest logit")
+    baselines["packed"] = _evaluate(loaded, data.validation, training)
+    results = _results(settings, data, trainer, loaded, baselines, float_bytes, difference, outcome.metrics)
+    if training.should_save:
+        _publish(output_dir, packed_dir, settings, results, trainer)
+        show(results)
+    return results
+
+
+def open_output_dir(output_dir: Path, settings: Settings) -> str | None:
+    """Find out whether this run begins or continues, and write down what it is told.
+
+    Args:
+        output_dir: folder of the run.
+        settings: of the run.
+
+    Returns:
+        The checkpoint to continue from, or None.
+
+    Raises:
+        ValueError: if the folder holds something else, or a run with other settings.
+    """
+    recipe = json.loads(json.dumps(settings.recipe))
+    path = output_dir / RECIPE
+    if path.is_file():
+        previous = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changed = sorted(
+            key for key in (previous.keys() | recipe.keys()) - FREE_TO_CHANGE if previous.get(key) != recipe.get(key)
+        )
+        if changed:
+            raise ValueError(
+                f"got output_dir {output_dir} with a run that was told otherwise about {', '.join(changed)}; expected "
+                "the same settings to continue it, or another --output_dir to begin anew"
+            )
+        checkpoint = get_last_checkpoint(str(output_dir))
+        logger.info("continuing the run in %s from %s", output_dir, checkpoint or "its beginning")
+        return checkpoint
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise ValueError(
+            f"got output_dir {output_dir}, which is not empty and holds no run to continue; expected a new or empty "
+            "folder. Nothing in it was touched"
+        )
+    if settings.training.should_save:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _write(path, yaml.safe_dump(recipe, sort_keys=False))
+    return None
+
+
+def float_model(settings: Settings, data: ImageData) -> PreTrainedModel:
+    """Make the model that training on the grid starts from, and set the transforms of the data by its config.
+
+    Args:
+        settings: of the run; with `float_epochs`, float training comes first and is kept in `<output_dir>/float`.
+        data: receives the transforms.
+
+    Returns:
+        A float model, or one in training form if that is what `model_name_or_path` holds.
+
+    Raises:
+        ValueError: if the model is packed.
+    """
+    arguments, training = settings.model, settings.training
+    finished = Path(training.output_dir, "float")
+    source = str(finished) if (finished / RESULTS).is_file() else arguments.model_name_or_path
+    model_args = arguments.model_args if isinstance(arguments.model_args, dict) else None
+    model = timm_wrapper(source, data.class_names, pretrained=arguments.pretrained, model_args=model_args)
+    if packed_layers(model):
+        raise ValueError(
+            f"got {arguments.model_name_or_path}, a packed checkpoint, expected a float model or one in training form: "
+            "integers cannot be trained. Use --eval_only to evaluate it"
+        )
+    _set_transforms(model, data, settings)
+    if settings.run.float_epochs > 0 and source != str(finished):
+        _train_float(model, data, settings, finished)
+    return model
+
+
+def _train_float(model: PreTrainedModel, data: ImageData, settings: Settings, finished: Path) -> None:
+    training = settings.training
+    shared = {
+        name: getattr(training, name)
+        for name in (
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "seed",
+            "data_seed", "bf16", "fp16", "torch_compile", "dataloader_num_workers", "use_cpu", "disable_tqdm",
+            "save_total_limit", "logging_steps", "report_to", "remove_unused_columns", "label_smoothing_factor",
+        )
+    }  # fmt: skip
+    args = TrainingArguments(
+        output_dir=str(finished),
+        num_train_epochs=settings.run.float_epochs,
+        learning_rate=settings.run.float_learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=0.01,
+        save_strategy="epoch",
+        eval_strategy="no",
+        **shared,
+    )
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=collate,
+        compute_metrics=accuracy_metrics,
+        preprocess_logits_for_metrics=keep_top5,
+    )
+    checkpoint = get_last_checkpoint(str(finished)) if finished.is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    if training.should_save:
+        model.save_pretrained(finished)
+        _write_json(finished / RESULTS, metrics)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _set_transforms(model: PreTrainedModel, data: ImageData, settings: Settings) -> None:
+    timm_cfg = dict(model.timm_model.pretrained_cfg or {}) | (getattr(model.config, "pretrained_cfg", None) or {})
+    data_config = resolve_data_config(timm_cfg, settings.data)
+    # Saved with the model, so that its image processor prepares images the same way.
+    model.config.pretrained_cfg = {k: v for k, v in (timm_cfg | data_config).items() if k != "num_classes"}
+    train_transform, eval_transform = build_transforms(data_config, settings.data)
+    data.validation.transform = eval_transform
+    if data.train is not None:
+        data.train.transform = train_transform
+
+
+def _calibration_batches(data: ImageData, settings: Settings) -> Iterator[torch.Tensor]:
+    """Random training images, the same on each process, so that all begin with the same ranges."""
+    assert data.train is not None
+    training = settings.training
+    generator = torch.Generator().manual_seed(training.seed)
+    loader = DataLoader(
+        data.train,
+        batch_size=min(training.per_device_train_batch_size, len(data.train)),
+        shuffle=True,
+        generator=generator,
+        collate_fn=collate,
+        num_workers=training.dataloader_num_workers,
+    )
+    set_seed(training.seed)
+    for batch in islice(loader, max(1, settings.run.calibration_batches)):
+        yield batch["pixel_values"]
+
+
+def _evaluate(model: PreTrainedModel, dataset: ImageDataset, training: OscQATTrainingArguments) -> Evaluation:
+    return evaluate_accuracy(
+        model,
+        dataset,
+        batch_size=training.per_device_eval_batch_size,
+        collate=collate,
+        num_workers=training.dataloader_num_workers,
+        cpu=training.use_cpu,
+        show_progress=not training.disable_tqdm,
+    )
+
+
+def _evaluate_only(settings: Settings, data: ImageData) -> dict[str, Any]:
+    model_args = settings.model.model_args if isinstance(settings.model.model_args, dict) else None
+    name = settings.model.model_name_or_path
+    model = timm_wrapper(name, None, pretrained=settings.model.pretrained, model_args=model_args)
+    if model.config.num_labels != len(data.class_names):
+        raise ValueError(
+            f"got {name} with {model.config.num_labels} classes and data with {len(data.class_names)}, expected as "
+            "many: what its outputs mean would be a guess"
+        )
+    _set_transforms(model, data, settings)
+    measured = asdict(_evaluate(model, data.validation, settings.training))
+    if settings.training.process_index == 0:
+        logger.info("--result\n%s", json.dumps({"model": name, **measured}, indent=4))
+    return measured
+
+
+@torch.no_grad()
+def _largest_difference(trained: PreTrainedModel, packed: PreTrainedModel, dataset: ImageDataset) -> float:
+    """Largest difference of logits on a few images, as a share of the largest logit; both in float32 on the CPU."""
+    images = collate([dataset[i] for i in range(min(16, len(dataset)))])["pixel_values"]
+    logits, reloaded = trained(pixel_values=images).logits, packed.cpu()(pixel_values=images).logits
+    return float((logits - reloaded).abs().max() / logits.abs().max())
+
+
+def _results(
+    settings: Settings,
+    data: ImageData,
+    trainer: OscQATTrainer,
+    packed: PreTrainedModel,
+    evaluations: dict[str, Evaluation],
+    float_bytes: int,
+    difference: float,
+    metrics: dict[str, float],
+) -> dict[str, Any]:
+    """Collect what card and table show; `results.json` holds the same."""
+    training, model = settings.training, trainer.model
+    log = [entry for entry in trainer.state.log_history if "oscillating_percent" in entry]
+    pretrained_cfg = model.config.pretrained_cfg
+    started_from_weights = settings.model.pretrained or not settings.run.float_epochs
+    scheme = describe_scheme(settings.quantization)
+    return {
+        "model": {
+            "name": Path(training.output_dir).name,
+            "path": str(Path(training.output_dir, "packed")),
+            "architecture": model.config.architecture,
+            "origin": _origin(settings),
+            "base_model": pretrained_cfg.get("hf_hub_id") if settings.model.pretrained else None,
+            "license": settings.run.model_license
+            or (pretrained_cfg.get("license") if started_from_weights and settings.model.pretrained else None),
+        },
+        "scheme": scheme,
+        "data": {
+            "name": data.name,
+            "dataset_id": data.dataset_id,
+            "config": data.config,
+            "revision": data.revision,
+            "split": data.split,
+            "num_train": len(data.train or ()),
+            "skipped_images": data.skipped,
+            "preprocessing": _preprocessing(pretrained_cfg),
+        },
+        "accuracy": {"float": None, "rounded": None} | {k: asdict(v) for k, v in evaluations.items()},
+        "bytes": {
+            "float": float_bytes,
+            "packed": os.path.getsize(Path(training.output_dir, "packed", "model.safetensors")),
+        },
+        "oscillation": None
+        if not log
+        else {
+            "start": log[0]["oscillating_percent"],
+            "peak": max(entry["oscillating_percent"] for entry in log),
+            "end": log[-1]["oscillating_percent"],
+            "frozen": log[-1]["frozen_percent"],
+        },
+        "layers": [asdict(row) for row in describe(model) if row.weight_bits or row.input_bits],
+        "packed_difference": difference,
+        "run": {
+            "command": settings.command,
+            "epochs": training.num_train_epochs,
+            "steps": trainer.state.global_step,
+            "processes": training.world_size,
+            "device": _device_name(training.device),
+            "seconds": metrics.get("train_runtime", 0.0),
+            "images_per_second": metrics.get("train_samples_per_second", 0.0),
+            "versions": ", ".join(
+                f"{name} {version(name)}" for name in ("hf_oscqat", "torch", "timm", "transformers")
+            ),
+            "date": date.today().isoformat(),
+        },
+    }
+
+
+def describe_scheme(config: OscQATConfig) -> dict[str, str]:
+    """Say in words how a model is quantized, for the card."""
+
+    def width(bits: int | None, scheme: str, granularity: str) -> str:
+        return "float" if bits is None else f"{bits} bits, {scheme}, {granularity.replace('_', ' ')}"
+
+    weights, activations = config.weight_bits, config.activation_bits
+    name = f"W{weights or 32}A{activations or 32}"
+    used = [
+        f"{remedy} ({', '.join(f'{k}={v}' for k, v in asdict(getattr(config, remedy)).items())})"
+        for remedy in REMEDIES
+        if getattr(config, remedy) is not None
+    ]
+    count = config.batchnorm_reestimation_batches
+    ends = "float" if config.first_last_bits is None else f"{config.first_last_bits} bits; the image is not quantized"
+    return {
+        "name": name,
+        "in_words": f"{weights}-bit weights" * bool(weights)
+        + " and " * bool(weights and activations)
+        + f"{activations}-bit inputs of layers" * bool(activations),
+        "weights": width(weights, config.weight_scheme, config.weight_granularity),
+        "activations": width(activations, config.activation_scheme, "per_tensor"),
+        "first_last": ends,
+        "remedies": "; ".join(used) or "none",
+        "batchnorm": f"statistics re-estimated on {count} training batches" if count else "running statistics",
+    }
+
+
+def show(results: dict[str, Any], console: Console | None = None) -> None:
+    """Print the one table a run ends with."""
+    console = console or Console()
+    table = Table(title=f"{results['model']['name']}: {results['scheme']['name']}", title_justify="left")
+    for column in ("", "top-1", "top-5", "bytes"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = (
+        ("float", "float", results["bytes"]["float"]),
+        ("rounded without training", "rounded", None),
+        (f"{results['scheme']['name']} after training, packed", "packed", results["bytes"]["packed"]),
+    )
+    for label, key, size in rows:
+        measured = results["accuracy"][key]
+        if measured is not None:
+            top1, top5 = (f"{100 * measured[k]:.2f}%" for k in ("accuracy", "top5_accuracy"))
+            table.add_row(label, top1, top5, f"{size:,}" if size else "")
+    console.print(table)
+    if results["oscillation"]:
+        o = results["oscillation"]
+        console.print(
+            f"Oscillating weights: {o['start']:.2f}% at the start, {o['peak']:.2f}% at the peak, {o['end']:.2f}% at "
+            f"the end; frozen at the end: {o['frozen']:.2f}%"
+        )
+    console.print(f"The checkpoint, loaded with AutoModelForImageClassification: {results['model']['path']}")
+
+
+def _publish(
+    output_dir: Path, packed_dir: Path, settings: Settings, results: dict[str, Any], trainer: OscQATTrainer
+) -> None:
+    """Put card, pictures, recipe and results beside the packed weights."""
+    if results["oscillation"]:
+        draw_oscillation(trainer.state.log_history, packed_dir / "oscillation.png")
+        before = json.loads((output_dir / BEFORE).read_text(encoding="utf-8"))
+        draw_distances(before, distance_histogram(trainer.model).to_dict(), packed_dir / "distances.png")
+    _write(packed_dir / RECIPE, yaml.safe_dump(json.loads(json.dumps(settings.recipe)), sort_keys=False))
+    _write_json(output_dir / RESULTS, results)
+    _write_json(packed_dir / RESULTS, results)
+    _write(packed_dir / "README.md", str(render_card(results)))
+
+
+def _prune_config(model: PreTrainedModel) -> None:
+    model.config.problem_type = None
+
+
+def _origin(settings: Settings) -> str:
+    arguments, run = settings.model, settings.run
+    weights = "with pretrained weights" if arguments.pretrained else ""
+    trained = f"trained in float for {run.float_epochs:g} epochs" if run.float_epochs else ""
+    return ", ".join(part for part in (arguments.model_name_or_path, weights, trained) if part)
+
+
+def _preprocessing(cfg: dict[str, Any]) -> str:
+    size = cfg["input_size"]
+    return (
+        f"{size[1]} x {size[2]} pixels, {cfg['crop_mode']} crop of {cfg['crop_pct']:g}, {cfg['interpolation']}, "
+        f"mean {tuple(cfg['mean'])}, std {tuple(cfg['std'])}"
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _write(path: Path, text: str) -> None:
+    """Write beside and rename, so that nobody ever reads half a file."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        # Bad input: the message is for the user, the traceback is not.
+        transformers.logging.get_logger("run_qat").debug("", exc_info=True)
+        raise SystemExit(f"error: {error}") from error
