@@ -6,6 +6,7 @@ and shapes without loading a tensor, and a file whose tensors were swapped, alte
 the layer, where transformers by itself would go on with uninitialised memory.
 """
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -39,17 +40,18 @@ def layers_to_dict(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def header_metadata(model: nn.Module) -> dict[str, str]:
     """Return what goes into the header of the file that holds this packed model."""
-    digests = {}
-    for name, layer in packed_layers(model).items():
-        for tensor_name, tensor in layer.named_buffers(prefix=name, recurse=False):
-            digests[tensor_name] = digest(tensor)
+    digests = {
+        name: [digest(layer.get_buffer(part)) for part in quantizer_tensors("", layer.format, output_axis(layer))]
+        for name, layer in packed_layers(model).items()
+    }
     content = {"format_version": FORMAT_VERSION, "layers": layers_to_dict(model), "sha256": digests}
     return {METADATA_KEY: json.dumps(content, separators=(",", ":"))}
 
 
 def digest(tensor: Tensor) -> str:
-    """Sha256 of a tensor's bytes in C order, little-endian, as hexadecimal digits."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    """Sha256 of a tensor's bytes in C order, little-endian, in base64 without padding, for a short header."""
+    content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return base64.b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
 
 
 def check_checkpoint(
@@ -79,12 +81,13 @@ def check_checkpoint(
             with safe_open(path, "pt") as file:
                 content = _read_metadata(path, file.metadata())
                 _compare_layers(content["layers"], layers, ignored_prefixes)
+                digests = _digests_by_tensor(content["sha256"], specs)
                 for name in file.keys():
                     if _is_under(name, ignored_prefixes):
                         continue
                     _check_tensor(name, file.get_slice(name), expected, specs)
                     if name in specs:
-                        _check_values(name, file.get_tensor(name), content["sha256"].get(name), layers)
+                        _check_values(name, file.get_tensor(name), digests.get(name), layers)
                     seen.add(name)
         except SafetensorError as error:
             raise CheckpointError(f"got {path}, which is no whole safetensors file: {error}") from error
@@ -119,6 +122,20 @@ def _read_metadata(path: str, metadata: Mapping[str, str] | None) -> dict[str, A
         if not isinstance(content.get(key), dict):
             raise CheckpointError(f"got {key}={content.get(key)!r} in the header of {path}, expected an object")
     return content
+
+
+def _digests_by_tensor(sha256: Mapping[str, Any], specs: Iterable[str]) -> dict[str, Any]:
+    """Pair the digests, which the header lists by layer, with the names of the tensors in their order."""
+    names: dict[str, list[str]] = {}
+    for name in specs:
+        names.setdefault(name.rpartition(".")[0], []).append(name)
+    paired: dict[str, Any] = {}
+    for layer, tensors in names.items():
+        digests = sha256.get(layer)
+        if not isinstance(digests, list) or len(digests) != len(tensors):
+            raise CheckpointError(f"got sha256={digests!r} of layer {layer!r} in the header, expected {len(tensors)}")
+        paired |= dict(zip(tensors, digests, strict=True))
+    return paired
 
 
 def _compare_layers(header: Mapping[str, Any], config: Mapping[str, Any], ignored_prefixes: tuple[str, ...]) -> None:

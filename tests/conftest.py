@@ -8,6 +8,8 @@ from pathlib import Path
 # Before any Hugging Face library is imported: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Tests run in parallel; threads of several processes on the same cores would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from torch import Tensor, nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
 from transformers.utils import logging as transformers_logging
 
-from hf_oscqat import OscQATConfig, calibrate, prepare_qat
+from hf_oscqat import OscQATConfig, calibrate, prepare_qat, reestimate_batchnorm
 
+torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=50)
 settings.load_profile("repeatable")
 transformers_logging.disable_progress_bar()
@@ -81,7 +84,10 @@ def make_wrapper() -> Callable[..., nn.Module]:
         with torch.random.fork_rng():
             torch.manual_seed(3)
             cls = TimmWrapperModel if headless else TimmWrapperForImageClassification
-            return cls(TimmWrapperConfig(architecture="test_efficientnet", num_labels=5, model_args={})).eval()
+            model = cls(TimmWrapperConfig(architecture="test_efficientnet", num_labels=5, model_args={}))
+            # With fresh statistics the features of this network vanish on their way to the classifier.
+            reestimate_batchnorm(model, [torch.randn(8, 3, 32, 32)])
+            return model.eval()
 
     return make
 

@@ -6,12 +6,14 @@ others. A key that nothing reads is an error.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -127,9 +129,21 @@ def parse(argv: list[str]) -> Settings:
     if not isinstance(quantization, Mapping):
         raise RecipeError(f"got quantization={quantization!r}, expected a mapping of OscQATConfig arguments")
     config = OscQATConfig(**quantization)
+    processes = _launched_processes()
+    if processes > 1 and not torch.accelerator.is_available():
+        flat["use_cpu"] = True  # otherwise each process would take itself for the only one
     # argparse knows how to turn the text or number of each key into the type of its field.
     model, data, run, training = _parser().parse_args_into_dataclasses(_to_argv(flat), look_for_args_file=False)
+    if training.world_size != processes:
+        raise RecipeError(
+            f"got {processes} processes from the launcher but {training.world_size} in training, expected as many: "
+            "each would train alone"
+        )
     return Settings(model, data, run, training, config, recipe, " ".join(["training/run_qat.py", *argv]))
+
+
+def _launched_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:

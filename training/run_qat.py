@@ -1,6 +1,7 @@
 """From a float timm model to a packed low-bit checkpoint, in one command.
 
-    accelerate launch training/run_qat.py training/recipes/mobilenetv2_w4a4_freeze.yaml --train_dir .. --validation_dir ..
+    accelerate launch training/run_qat.py training/recipes/mobilenetv2_w4a4_freeze.yaml \
+        --train_dir imagenet/train --validation_dir imagenet/val
 
 Float training if asked for, baselines, calibration, training on the grid, packing, and a check of the result: the
 packed checkpoint is loaded the way its users will and must compute what the trained model computes. The same command
@@ -25,7 +26,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageClassification, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForImageClassification, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from arguments import ModelArguments, RunArguments, Settings, load_recipe, parse
@@ -36,6 +37,7 @@ from hf_oscqat.config import OscQATConfig
 from hf_oscqat.hub.card import render_card
 from hf_oscqat.integration.evaluate import Evaluation, accuracy_metrics, evaluate_accuracy, keep_top5
 from hf_oscqat.integration.models import timm_wrapper
+from hf_oscqat.integration.trainer import PickleFreeTrainer
 from hf_oscqat.quantization.layers import quantized_layers
 from hf_oscqat.remedies import REMEDIES
 from hf_oscqat.report.pictures import draw_distances, draw_oscillation
@@ -84,7 +86,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     float_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if not any(True for _ in quantized_layers(model)):
         prepare_qat(model, settings.quantization)
-        calibrate(model.to(training.device), _calibration_batches(data, settings))
+        model.to(training.device)  # type: ignore[operator]
+        calibrate(model, _calibration_batches(data, settings))
     if run.evaluate_baselines:
         baselines["rounded"] = _evaluate(model, data.validation, training)
     if checkpoint is None and training.should_save:
@@ -179,8 +182,8 @@ def float_model(settings: Settings, data: ImageData) -> PreTrainedModel:
     model = timm_wrapper(source, data.class_names, pretrained=arguments.pretrained, model_args=model_args)
     if packed_layers(model):
         raise ValueError(
-            f"got {arguments.model_name_or_path}, a packed checkpoint, expected a float model or one in training form: "
-            "integers cannot be trained. Use --eval_only to evaluate it"
+            f"got {arguments.model_name_or_path}, a packed checkpoint, expected a float model or one in training form:"
+            " integers cannot be trained. Use --eval_only to evaluate it"
         )
     _set_transforms(model, data, settings)
     if settings.run.float_epochs > 0 and source != str(finished):
@@ -209,7 +212,7 @@ def _train_float(model: PreTrainedModel, data: ImageData, settings: Settings, fi
         eval_strategy="no",
         **shared,
     )
-    trainer = Trainer(
+    trainer = PickleFreeTrainer(
         model=model,
         args=args,
         train_dataset=data.train,
@@ -308,7 +311,7 @@ def _results(
     pretrained_cfg = model.config.pretrained_cfg
     started_from_weights = settings.model.pretrained or not settings.run.float_epochs
     scheme = describe_scheme(settings.quantization)
-    return {
+    results = {
         "model": {
             "name": Path(training.output_dir).name,
             "path": str(Path(training.output_dir, "packed")),
@@ -358,6 +361,7 @@ def _results(
             "date": date.today().isoformat(),
         },
     }
+    return json.loads(json.dumps(results))
 
 
 def describe_scheme(config: OscQATConfig) -> dict[str, str]:
@@ -374,7 +378,7 @@ def describe_scheme(config: OscQATConfig) -> dict[str, str]:
         if getattr(config, remedy) is not None
     ]
     count = config.batchnorm_reestimation_batches
-    ends = "float" if config.first_last_bits is None else f"{config.first_last_bits} bits; the image is not quantized"
+    ends = "float" if config.first_last_bits is None else f"{config.first_last_bits} bits; the image stays float"
     return {
         "name": name,
         "in_words": f"{weights}-bit weights" * bool(weights)

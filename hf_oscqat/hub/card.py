@@ -33,7 +33,7 @@ def render_card(results: Mapping[str, Any]) -> ModelCard:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False, keep_trailing_newline=True
     )
-    environment.filters |= {"percent": _percent, "megabytes": _megabytes}
+    environment.filters |= {"percent": _percent, "thousands": _thousands}
     body = environment.from_string(template().read_text(encoding="utf-8")).render(results)
     card = ModelCard(f"---\n{_metadata(results).to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False)
     return card
@@ -59,5 +59,5 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f}%"
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+def _thousands(count: int) -> str:
+    return f"{int(count):,}"

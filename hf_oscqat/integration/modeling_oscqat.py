@@ -16,6 +16,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing import Any, cast
+import base64
 import hashlib
 import json
 import os
@@ -23,6 +24,9 @@ import torch
 import torch.nn.functional as F
 
 # --- hf_oscqat.quantization.functional
+GRADIENT_ESTIMATORS = ("ste",)
+"""Names that `gradient_estimator` takes: how a gradient passes through the rounding."""
+
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -304,16 +308,16 @@ class GridFormat:
         qmin: smallest integer.
         qmax: largest integer.
         granularity: "per_tensor" or "per_channel".
-        scheme: "symmetric" or "asymmetric"; only the latter has a zero-point.
         shape: shape of the weight; of an input, that of its scale.
+        scheme: "symmetric" or "asymmetric"; only the latter has a zero-point.
     """
 
     bits: int
     qmin: int
     qmax: int
     granularity: str
-    scheme: str
     shape: tuple[int, ...]
+    scheme: str = "symmetric"
 
     def __post_init__(self) -> None:
         integers = (self.bits, self.qmin, self.qmax, *self.shape)
@@ -356,11 +360,15 @@ class LayerFormat:
             raise FormatError(f"the format of layer {name!r} cannot be read: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {
-            key: None if grid is None else {**asdict(grid), "shape": list(grid.shape)}
-            for key, grid in (("weight", self.weight), ("input", self.input))
-        }
+        """Return plain data for JSON; a symmetric scheme, being the usual one, is left out."""
+        return {key: None if grid is None else _grid_to_dict(grid) for key, grid in vars(self).items()}
+
+
+def _grid_to_dict(grid: GridFormat) -> dict[str, Any]:
+    data = {**asdict(grid), "shape": list(grid.shape)}
+    if grid.scheme == "symmetric":
+        del data["scheme"]
+    return data
 
 
 class PackedLayer(nn.Module):
@@ -452,24 +460,25 @@ def quantizer_tensors(name: str, layer_format: LayerFormat, axis: int) -> dict[s
     """Names, dtypes and shapes of the tensors that a packed layer has in a checkpoint.
 
     Args:
-        name: of the layer.
+        name: of the layer; empty for the names within it.
         layer_format: its grids.
         axis: dimension of its weight that counts output channels.
     """
+    prefix = f"{name}." if name else ""
     expected: dict[str, tuple[torch.dtype, list[int]]] = {}
     if layer_format.weight is not None:
         grid = layer_format.weight
         channels = grid.shape[axis]
         scales = [channels if grid.granularity == "per_channel" else 1]
         width = packed_width(prod(grid.shape) // max(channels, 1), grid.bits)
-        expected[f"{name}.weight_packed"] = (torch.uint8, [channels, width])
-        expected[f"{name}.weight_scale"] = (torch.float32, scales)
+        expected[f"{prefix}weight_packed"] = (torch.uint8, [channels, width])
+        expected[f"{prefix}weight_scale"] = (torch.float32, scales)
         if grid.scheme == "asymmetric":
-            expected[f"{name}.weight_zero_point"] = (grid.zero_point_dtype, scales)
+            expected[f"{prefix}weight_zero_point"] = (grid.zero_point_dtype, scales)
     if layer_format.input is not None:
-        expected[f"{name}.input_scale"] = (torch.float32, [1])
+        expected[f"{prefix}input_scale"] = (torch.float32, [1])
         if layer_format.input.scheme == "asymmetric":
-            expected[f"{name}.input_zero_point"] = (layer_format.input.zero_point_dtype, [1])
+            expected[f"{prefix}input_zero_point"] = (layer_format.input.zero_point_dtype, [1])
     return expected
 
 
@@ -495,7 +504,7 @@ def make_packed(layer: nn.Module, layer_format: LayerFormat) -> PackedLayer:
         del packed._parameters["weight"]
     tensors = quantizer_tensors("", layer_format, output_axis(packed))
     for name in ("weight_packed", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point"):
-        spec = tensors.get(f".{name}")
+        spec = tensors.get(name)
         empty = None if spec is None else torch.empty(spec[1], dtype=spec[0], device=weight.device)
         packed.register_buffer(name, empty)
     return packed
@@ -540,17 +549,18 @@ def layers_to_dict(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def header_metadata(model: nn.Module) -> dict[str, str]:
     """Return what goes into the header of the file that holds this packed model."""
-    digests = {}
-    for name, layer in packed_layers(model).items():
-        for tensor_name, tensor in layer.named_buffers(prefix=name, recurse=False):
-            digests[tensor_name] = digest(tensor)
+    digests = {
+        name: [digest(layer.get_buffer(part)) for part in quantizer_tensors("", layer.format, output_axis(layer))]
+        for name, layer in packed_layers(model).items()
+    }
     content = {"format_version": FORMAT_VERSION, "layers": layers_to_dict(model), "sha256": digests}
     return {METADATA_KEY: json.dumps(content, separators=(",", ":"))}
 
 
 def digest(tensor: Tensor) -> str:
-    """Sha256 of a tensor's bytes in C order, little-endian, as hexadecimal digits."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    """Sha256 of a tensor's bytes in C order, little-endian, in base64 without padding, for a short header."""
+    content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return base64.b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
 
 
 def check_checkpoint(
@@ -580,12 +590,13 @@ def check_checkpoint(
             with safe_open(path, "pt") as file:
                 content = _read_metadata(path, file.metadata())
                 _compare_layers(content["layers"], layers, ignored_prefixes)
+                digests = _digests_by_tensor(content["sha256"], specs)
                 for name in file.keys():
                     if _is_under(name, ignored_prefixes):
                         continue
                     _check_tensor(name, file.get_slice(name), expected, specs)
                     if name in specs:
-                        _check_values(name, file.get_tensor(name), content["sha256"].get(name), layers)
+                        _check_values(name, file.get_tensor(name), digests.get(name), layers)
                     seen.add(name)
         except SafetensorError as error:
             raise CheckpointError(f"got {path}, which is no whole safetensors file: {error}") from error
@@ -620,6 +631,20 @@ def _read_metadata(path: str, metadata: Mapping[str, str] | None) -> dict[str, A
         if not isinstance(content.get(key), dict):
             raise CheckpointError(f"got {key}={content.get(key)!r} in the header of {path}, expected an object")
     return content
+
+
+def _digests_by_tensor(sha256: Mapping[str, Any], specs: Iterable[str]) -> dict[str, Any]:
+    """Pair the digests, which the header lists by layer, with the names of the tensors in their order."""
+    names: dict[str, list[str]] = {}
+    for name in specs:
+        names.setdefault(name.rpartition(".")[0], []).append(name)
+    paired: dict[str, Any] = {}
+    for layer, tensors in names.items():
+        digests = sha256.get(layer)
+        if not isinstance(digests, list) or len(digests) != len(tensors):
+            raise CheckpointError(f"got sha256={digests!r} of layer {layer!r} in the header, expected {len(tensors)}")
+        paired |= dict(zip(tensors, digests, strict=True))
+    return paired
 
 
 def _compare_layers(header: Mapping[str, Any], config: Mapping[str, Any], ignored_prefixes: tuple[str, ...]) -> None:

@@ -43,7 +43,7 @@ def bundle() -> str:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 if not node.module.startswith("hf_oscqat"):
                     imports.setdefault(f"from {node.module} import", set()).update(a.name for a in node.names)
-            elif not _is_docstring(node):
+            elif node is not tree.body[0] or not _is_docstring(node):
                 for name in _names(node):
                     if defined.setdefault(name, module) != module:
                         raise ValueError(f"got {name!r} in both {defined[name]} and {module}, expected one name once")

@@ -77,7 +77,18 @@ class OscQATTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-class OscQATTrainer(Trainer):
+class PickleFreeTrainer(Trainer):
+    """transformers' Trainer, whose `training_args.bin`, a pickle, does not stay in what it saves."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model and config."""
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if self.args.should_save:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
+
+
+class OscQATTrainer(PickleFreeTrainer):
     """Trains a prepared and calibrated model, with the remedies of its config.
 
     Args:
@@ -132,7 +143,7 @@ class OscQATTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make one optimizer of two: weights by SGD or AdamW, scales by Adam."""
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             args: OscQATTrainingArguments = self.args
             optimizer = create_optimizer(
                 self._weight_groups(),
@@ -213,16 +224,9 @@ class OscQATTrainer(Trainer):
         )
         model = self.accelerator.unwrap_model(self.model)
         shown = not self.args.disable_tqdm and self.is_local_process_zero()
-        progress = tqdm(loader, desc="Re-estimating batch-norm", leave=False, disable=not shown)
         with _fixed_randomness(self.args.seed):
+            progress = tqdm(loader, desc="Re-estimating batch-norm", leave=False, disable=not shown)
             reestimate_batchnorm(model, (self._images(batch) for batch in progress))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the training form; without transformers' `training_args.bin`, which is a pickle."""
-        super().save_model(output_dir, _internal_call=_internal_call)
-        if self.args.should_save:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Each process has seen other images; without this, rank 0's statistics would be saved and the others' lost.

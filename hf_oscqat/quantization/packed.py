@@ -29,16 +29,16 @@ class GridFormat:
         qmin: smallest integer.
         qmax: largest integer.
         granularity: "per_tensor" or "per_channel".
-        scheme: "symmetric" or "asymmetric"; only the latter has a zero-point.
         shape: shape of the weight; of an input, that of its scale.
+        scheme: "symmetric" or "asymmetric"; only the latter has a zero-point.
     """
 
     bits: int
     qmin: int
     qmax: int
     granularity: str
-    scheme: str
     shape: tuple[int, ...]
+    scheme: str = "symmetric"
 
     def __post_init__(self) -> None:
         integers = (self.bits, self.qmin, self.qmax, *self.shape)
@@ -81,11 +81,15 @@ class LayerFormat:
             raise FormatError(f"the format of layer {name!r} cannot be read: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {
-            key: None if grid is None else {**asdict(grid), "shape": list(grid.shape)}
-            for key, grid in (("weight", self.weight), ("input", self.input))
-        }
+        """Return plain data for JSON; a symmetric scheme, being the usual one, is left out."""
+        return {key: None if grid is None else _grid_to_dict(grid) for key, grid in vars(self).items()}
+
+
+def _grid_to_dict(grid: GridFormat) -> dict[str, Any]:
+    data = {**asdict(grid), "shape": list(grid.shape)}
+    if grid.scheme == "symmetric":
+        del data["scheme"]
+    return data
 
 
 class PackedLayer(nn.Module):
@@ -177,24 +181,25 @@ def quantizer_tensors(name: str, layer_format: LayerFormat, axis: int) -> dict[s
     """Names, dtypes and shapes of the tensors that a packed layer has in a checkpoint.
 
     Args:
-        name: of the layer.
+        name: of the layer; empty for the names within it.
         layer_format: its grids.
         axis: dimension of its weight that counts output channels.
     """
+    prefix = f"{name}." if name else ""
     expected: dict[str, tuple[torch.dtype, list[int]]] = {}
     if layer_format.weight is not None:
         grid = layer_format.weight
         channels = grid.shape[axis]
         scales = [channels if grid.granularity == "per_channel" else 1]
         width = packed_width(prod(grid.shape) // max(channels, 1), grid.bits)
-        expected[f"{name}.weight_packed"] = (torch.uint8, [channels, width])
-        expected[f"{name}.weight_scale"] = (torch.float32, scales)
+        expected[f"{prefix}weight_packed"] = (torch.uint8, [channels, width])
+        expected[f"{prefix}weight_scale"] = (torch.float32, scales)
         if grid.scheme == "asymmetric":
-            expected[f"{name}.weight_zero_point"] = (grid.zero_point_dtype, scales)
+            expected[f"{prefix}weight_zero_point"] = (grid.zero_point_dtype, scales)
     if layer_format.input is not None:
-        expected[f"{name}.input_scale"] = (torch.float32, [1])
+        expected[f"{prefix}input_scale"] = (torch.float32, [1])
         if layer_format.input.scheme == "asymmetric":
-            expected[f"{name}.input_zero_point"] = (layer_format.input.zero_point_dtype, [1])
+            expected[f"{prefix}input_zero_point"] = (layer_format.input.zero_point_dtype, [1])
     return expected
 
 
@@ -220,7 +225,7 @@ def make_packed(layer: nn.Module, layer_format: LayerFormat) -> PackedLayer:
         del packed._parameters["weight"]
     tensors = quantizer_tensors("", layer_format, output_axis(packed))
     for name in ("weight_packed", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point"):
-        spec = tensors.get(f".{name}")
+        spec = tensors.get(name)
         empty = None if spec is None else torch.empty(spec[1], dtype=spec[0], device=weight.device)
         packed.register_buffer(name, empty)
     return packed

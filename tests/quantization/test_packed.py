@@ -20,7 +20,7 @@ from hf_oscqat.quantization.packed import (
 )
 from hf_oscqat.quantization.packing import packed_width, unpack_bits
 
-GRID = {"bits": 4, "qmin": -8, "qmax": 7, "granularity": "per_tensor", "scheme": "symmetric", "shape": [4, 6]}
+GRID = {"bits": 4, "qmin": -8, "qmax": 7, "granularity": "per_tensor", "shape": [4, 6]}
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 4), (2, 6)),
     "conv1d": (lambda: nn.Conv1d(6, 4, 3, groups=2), (2, 6, 5)),
@@ -34,7 +34,11 @@ def trained(name="linear", **kwargs):
     """A layer in training form and its input."""
     make, shape = LAYERS[name]
     x = torch.randn(shape)
-    config = {"first_last_bits": kwargs.get("weight_bits", 4), "overrides": {"0": {"activation_bits": 4}}} | kwargs
+    config = {
+        "first_last_bits": kwargs.get("weight_bits", 4),
+        "overrides": {"0": {"activation_bits": 4}},
+        "range_estimator": "minmax",
+    } | kwargs
     model = prepare_qat(nn.Sequential(make()), OscQATConfig(**config))
     calibrate(model, [x])
     return model, x
@@ -128,13 +132,24 @@ def test_cast_to_bfloat16_and_back_loses_nothing_of_the_weight():
     assert torch.equal(layer.bfloat16().float().weight, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_training_form_in_another_dtype_packs_to_equal_outputs(dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_form_in_half_precision_packs_to_equal_outputs(dtype):
     model, x = trained("conv2d")
     model.to(dtype)
     packed = pack(model)
     assert packed(x.to(dtype)).dtype == dtype
     assert torch.equal(packed(x.to(dtype)), model(x.to(dtype)))
+
+
+def test_float64_training_form_packs_to_the_same_integers_with_scales_in_float32():
+    model, _ = trained("conv2d")
+    model.double()
+    with torch.no_grad():
+        model[0].weight_quantizer.scale.mul_(1 + 1e-12)
+    layer = pack(model)[0]
+    assert layer.weight.dtype == torch.float64
+    assert layer.weight_scale.dtype == torch.float32
+    torch.testing.assert_close(layer.weight, model[0].weight.detach(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
@@ -176,13 +191,16 @@ def test_weight_of_another_shape_is_refused():
         make_packed(nn.Linear(6, 5), layer_format)
 
 
-@pytest.mark.parametrize("with_weight", [True, False])
-@pytest.mark.parametrize("with_input", [True, False])
-def test_format_survives_its_dict(with_weight, with_input):
-    data = {"weight": GRID if with_weight else None, "input": GRID | {"shape": [1]} if with_input else None}
-    layer_format = LayerFormat.from_dict("0", data)
-    assert layer_format.to_dict() == data
-    assert LayerFormat.from_dict("0", layer_format.to_dict()) == layer_format
+@pytest.mark.parametrize("weight", [None, GRID, GRID | {"scheme": "asymmetric"}])
+@pytest.mark.parametrize("inputs", [None, GRID | {"shape": [1]}])
+def test_format_survives_its_dict(weight, inputs):
+    data = {"weight": weight, "input": inputs}
+    assert LayerFormat.from_dict("0", data).to_dict() == data
+
+
+def test_scheme_may_be_spelled_out_where_it_is_the_usual_one():
+    spelled_out = {"weight": GRID | {"scheme": "symmetric"}, "input": None}
+    assert LayerFormat.from_dict("0", spelled_out) == LayerFormat.from_dict("0", {"weight": GRID, "input": None})
 
 
 @pytest.mark.parametrize(
@@ -199,14 +217,13 @@ def test_format_survives_its_dict(with_weight, with_input):
         ({"granularity": "per_group"}, "per_group"),
         ({"scheme": "affine"}, "affine"),
         ({"shape": [4, 6.0]}, "whole numbers"),
-        ({"shape": 24}, "cannot be read"),
-        ({"shape": [-4, -6]}, "cannot be read"),
+        ({"shape": 24}, "'int' object is not iterable"),
         ({"surplus": 1}, "surplus"),
     ],
     ids=str,
 )
 def test_format_that_cannot_be_is_refused_with_the_name_of_the_layer(change, message):
-    with pytest.raises(FormatError, match=rf"format of layer 'head' cannot be read: .*{message}|{message}.*'head'"):
+    with pytest.raises(FormatError, match=f"format of layer 'head' cannot be read: .*{message}"):
         LayerFormat.from_dict("head", {"weight": GRID | change, "input": None})
 
 
@@ -217,5 +234,6 @@ def test_format_that_is_no_pair_of_grids_is_refused(data):
 
 
 def test_signed_grid_stores_its_zero_point_in_int8():
-    assert GridFormat(4, -8, 7, "per_tensor", "asymmetric", (1,)).zero_point_dtype == torch.int8
-    assert GridFormat(4, 0, 15, "per_tensor", "asymmetric", (1,)).zero_point_dtype == torch.uint8
+    grid = {"bits": 4, "granularity": "per_tensor", "shape": (1,), "scheme": "asymmetric"}
+    assert GridFormat(qmin=-8, qmax=7, **grid).zero_point_dtype == torch.int8
+    assert GridFormat(qmin=0, qmax=15, **grid).zero_point_dtype == torch.uint8

@@ -1,0 +1,31 @@
+"""The shipped launch configuration really starts two processes, which stay together."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+SETTINGS = [
+    "--dataset_name", "digits", "--model_name_or_path", "test_efficientnet", "--img_size", "32",
+    "--max_train_samples", "64", "--max_eval_samples", "30", "--per_device_train_batch_size", "8", "--max_steps", "3",
+    "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "true", "--calibration_batches", "1",
+    "--quantization.batchnorm_reestimation_batches", "2", "--quantization.freezing.momentum", "0.01",
+]  # fmt: skip
+
+
+def test_run_qat_on_two_processes(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch",
+        "--config_file", str(REPOSITORY / "training" / "accelerate" / "cpu_2proc.yaml"), "--main_process_port", "0",
+    ]  # fmt: skip
+    script = [str(REPOSITORY / "training" / "run_qat.py"), *SETTINGS, "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*launch, *script], env=environment, capture_output=True, text=True, timeout=500, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["run"]["processes"] == 2
+    assert results["accuracy"]["packed"]["num_images"] == 30

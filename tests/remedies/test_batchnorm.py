@@ -1,0 +1,151 @@
+"""Batch-norm re-estimation: the average over batches, and everything else left as it was."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from hf_oscqat import OscillationTracker, reestimate_batchnorm
+from hf_oscqat.remedies.batchnorm import batchnorm_layers
+
+
+def spoiled():
+    """A model with two batch norms whose statistics are wrong, in evaluation mode but for a part."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=0.3), nn.Dropout(0.5), nn.BatchNorm2d(4))
+    for layer in (model[1], model[3]):
+        nn.init.constant_(layer.running_mean, 50.0)
+        nn.init.constant_(layer.running_var, 7.0)
+        layer.num_batches_tracked.fill_(11)
+    return model
+
+
+def statistics(model):
+    return {n: b.clone() for n, b in model.named_buffers()}
+
+
+@pytest.fixture
+def batches():
+    return [torch.randn(size, 3, 4, 4) * size for size in (2, 5, 3)]
+
+
+def test_statistics_are_the_average_over_batches(batches):
+    model = spoiled()
+    reestimate_batchnorm(model, batches)
+    with torch.no_grad():
+        seen = [model[0](batch) for batch in batches]
+    mean = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
+    var = torch.stack([y.var((0, 2, 3)) for y in seen]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, mean)
+    torch.testing.assert_close(model[1].running_var, var)
+
+
+def test_later_layers_see_what_their_batch_normalized_is(batches):
+    model = spoiled()
+    reestimate_batchnorm(model, batches)
+    with torch.no_grad():
+        seen = [nn.functional.batch_norm(model[0](b), None, None, training=True) for b in batches]
+    torch.testing.assert_close(model[3].running_mean, torch.zeros(4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(model[3].running_var, torch.stack([y.var((0, 2, 3)) for y in seen]).mean(0))
+
+
+def test_a_second_time_gives_the_same(batches):
+    model = spoiled()
+    reestimate_batchnorm(model, batches)
+    first = statistics(model)
+    reestimate_batchnorm(model, iter(batches))
+    assert all(torch.equal(tensor, first[name]) for name, tensor in statistics(model).items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_momentum_and_counters_are_left_as_they_were(batches, training):
+    model = spoiled().train(training)
+    model[2].train(not training)
+    model[3].train(not training)
+    reestimate_batchnorm(model, batches)
+    assert [m.training for m in model.modules()] == [training, training, training, not training, not training]
+    assert (model[1].momentum, model[3].momentum) == (0.3, 0.1)
+    assert [layer.num_batches_tracked.item() for layer in (model[1], model[3])] == [11, 11]
+
+
+def test_parameters_and_gradients_are_left_alone(batches):
+    model = spoiled()
+    before = [p.detach().clone() for p in model.parameters()]
+    reestimate_batchnorm(model, batches)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_buffers_keep_their_identity(batches):
+    model = spoiled()
+    before = [id(b) for b in model.buffers()]
+    reestimate_batchnorm(model, batches)
+    assert [id(b) for b in model.buffers()] == before
+
+
+def test_model_without_batchnorm_reads_no_batch():
+    def never():
+        raise AssertionError("read")
+        yield
+
+    reestimate_batchnorm(nn.Sequential(nn.Linear(2, 2), nn.GroupNorm(1, 2)), never())
+
+
+def test_batchnorm_without_running_statistics_is_no_batchnorm_here():
+    model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3))
+    assert batchnorm_layers(model) == [model[1]]
+
+
+def test_no_batches_is_an_error_and_the_old_statistics_are_back():
+    model = spoiled()
+    before = statistics(model)
+    with pytest.raises(ValueError, match="got no batches for batch-norm re-estimation"):
+        reestimate_batchnorm(model, [])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in statistics(model).items())
+
+
+def test_after_an_error_of_the_data_everything_is_as_it_was(batches):
+    def failing():
+        yield batches[0]
+        raise OSError("disk")
+
+    model = spoiled().train()
+    before = statistics(model)
+    with pytest.raises(OSError, match="disk"):
+        reestimate_batchnorm(model, failing())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in statistics(model).items())
+    assert all(m.training for m in model.modules())
+    assert (model[1].momentum, model[3].momentum) == (0.3, 0.1)
+
+
+def test_batch_of_another_type_is_an_error_and_the_old_statistics_are_back(batches):
+    model = spoiled()
+    before = statistics(model)
+    with pytest.raises(TypeError, match="got a batch of type tuple, expected a tensor or a dict"):
+        reestimate_batchnorm(model, [batches[0], (batches[1], 0)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in statistics(model).items())
+
+
+def test_batches_may_be_dicts(make_wrapper, pixel_values):
+    with_dicts, with_tensors = make_wrapper(), make_wrapper()
+    reestimate_batchnorm(with_dicts, [{"pixel_values": pixel_values}])
+    reestimate_batchnorm(with_tensors.timm_model, [pixel_values])
+    theirs = statistics(with_tensors)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in statistics(with_dicts).items())
+
+
+def test_every_batchnorm_of_a_timm_model_is_found_and_filled():
+    model = timm.create_model("test_efficientnet", num_classes=2).eval()
+    layers = batchnorm_layers(model)
+    assert len(layers) == sum("running_mean" in name for name, _ in model.named_buffers())
+    reestimate_batchnorm(model, [torch.randn(4, 3, 32, 32)])
+    assert all(layer.running_mean.abs().sum() > 0 for layer in layers)
+
+
+def test_prepared_model_is_estimated_with_its_quantized_weights(make_prepared, images):
+    model = make_prepared(weight_bits=2, first_last_bits=2)
+    tracker = OscillationTracker(model)
+    reestimate_batchnorm(model, [images])
+    with torch.no_grad():
+        expected = model.stem(images).mean((0, 2, 3))
+    torch.testing.assert_close(model.bn.running_mean, expected)
+    assert tracker.oscillating_fraction == 0

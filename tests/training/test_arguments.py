@@ -1,0 +1,107 @@
+"""Recipes and command line: what is merged, what wins, what is refused."""
+
+import pytest
+
+from arguments import RecipeError, load_recipe, parse
+
+DIGITS = ["--dataset_name", "digits", "--use_cpu", "true", "--output_dir", "unused"]
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_options_win_over_recipes_and_later_recipes_over_earlier(tmp_path):
+    first = write(tmp_path / "a.yaml", "learning_rate: 0.1\nimg_size: 32\nweight_decay: 0.5\n")
+    second = write(tmp_path / "b.yaml", "learning_rate: 0.2\nimg_size: 48\n")
+    settings = parse([first, second, *DIGITS, "--learning_rate", "0.3"])
+    assert settings.training.learning_rate == 0.3
+    assert settings.data.img_size == 48
+    assert settings.training.weight_decay == 0.5
+
+
+def test_quantization_is_merged_key_by_key(tmp_path):
+    recipe = write(tmp_path / "a.yaml", "quantization: {weight_bits: 3, freezing: {threshold: 0.2, momentum: 0.01}}\n")
+    config = parse([recipe, *DIGITS, "--quantization.freezing.threshold", "0.3"]).quantization
+    assert (config.weight_bits, config.freezing.threshold, config.freezing.momentum) == (3, 0.3, 0.01)
+
+
+def test_null_switches_a_remedy_off(tmp_path):
+    recipe = write(tmp_path / "a.yaml", "quantization: {freezing: {threshold: 0.2}}\n")
+    assert parse([recipe, *DIGITS, "--quantization.freezing", "null"]).quantization.freezing is None
+
+
+def test_include_is_relative_to_the_file_and_loses_to_it(tmp_path):
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base" / "model.yaml", "seed: 1\nimg_size: 32\n")
+    recipe = write(tmp_path / "leaf.yaml", "include: [base/model.yaml]\nseed: 2\n")
+    assert load_recipe(recipe) == {"seed": 2, "img_size": 32}
+
+
+def test_a_recipe_that_includes_itself_is_refused(tmp_path):
+    recipe = write(tmp_path / "a.yaml", "include: [a.yaml]\n")
+    with pytest.raises(RecipeError, match="includes itself"):
+        load_recipe(recipe)
+
+
+def test_scientific_notation_without_a_point_is_a_number(tmp_path):
+    recipe = write(tmp_path / "a.yaml", "learning_rate: 1e-3\n")
+    assert load_recipe(recipe)["learning_rate"] == 1e-3
+    threshold = parse([*DIGITS, "--quantization.freezing.threshold", "5e-2"]).quantization.freezing.threshold
+    assert threshold == 0.05
+
+
+def test_a_flag_alone_is_true_and_dashes_are_underscores():
+    settings = parse([*DIGITS, "--skip-bad-images", "--img-size=64"])
+    assert settings.data.skip_bad_images
+    assert settings.data.img_size == 64
+
+
+def test_model_args_are_json():
+    assert parse([*DIGITS, "--model_args", '{"drop_rate": 0.1}']).model.model_args == {"drop_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learn_rate", "0.1"], "got unknown key 'learn_rate'.*Did you mean 'learning_rate'"),
+        (["--quantization.weight_bit", "3"], "got unknown key 'weight_bit'.*Did you mean 'weight_bits'"),
+        (["--quantization.weight_bits", "9"], "got weight_bits=9, expected a whole number from 2 to 8"),
+        (["--quantization", "4"], "got quantization=4, expected a mapping"),
+        (["--learning_rate", "fast"], "learning_rate.*invalid float value: 'fast'"),
+        (["--model_args", "[1]"], "got model_args=.*expected a mapping"),
+        (["--fsdp", "full_shard"], "got FSDP"),
+        (["--img_size", "32", "stray"], "stray"),
+    ],
+)
+def test_what_cannot_be_used_is_named(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse([*DIGITS, *argv])
+
+
+def test_a_missing_recipe_is_named():
+    with pytest.raises(RecipeError, match=r"got recipe nowhere.yaml, which cannot be read: No such file"):
+        parse(["nowhere.yaml", *DIGITS])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "which is no YAML"), ("- a\n", "holding a list"), ("!!python/name:os.x ''", "no YAML")],
+)
+def test_a_recipe_that_is_no_mapping_is_refused(tmp_path, text, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(tmp_path / "a.yaml", text))
+
+
+def test_more_processes_than_training_sees_are_an_error(monkeypatch):
+    monkeypatch.setattr("arguments._launched_processes", lambda: 2)
+    with pytest.raises(RecipeError, match="got 2 processes from the launcher but 1 in training"):
+        parse(DIGITS)
+
+
+def test_help_names_keys_of_all_kinds(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse(["--help"])
+    for key in ("--dataset_name", "--float_epochs", "--learning_rate", "--model_name_or_path", "--quantization.KEY"):
+        assert key in str(exit_info.value)

@@ -1,0 +1,197 @@
+"""The script from end to end on few digits and a tiny network: what it writes, how it continues, what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from run_qat import main
+
+SETTINGS = [
+    "--dataset_name", "digits", "--model_name_or_path", "test_efficientnet", "--img_size", "32", "--hflip", "0",
+    "--max_train_samples", "64", "--max_eval_samples", "40", "--per_device_train_batch_size", "16",
+    "--num_train_epochs", "2", "--save_strategy", "epoch", "--logging_steps", "1", "--report_to", "none",
+    "--use_cpu", "true", "--disable_tqdm", "true", "--calibration_batches", "2", "--learning_rate", "0.01",
+    "--quantization.batchnorm_reestimation_batches", "2", "--quantization.weight_bits", "3",
+    "--quantization.freezing.momentum", "0.1", "--quantization.freezing.threshold", "0.2",
+    "--quantization.freezing.threshold_final", "0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run with float training before it: (folder, results)."""
+    output_dir = tmp_path_factory.mktemp("runs") / "demo"
+    return output_dir, main([*SETTINGS, "--float_epochs", "1", "--output_dir", str(output_dir)])
+
+
+def test_results_hold_what_was_measured(finished):
+    output_dir, results = finished
+    assert json.loads((output_dir / "results.json").read_text()) == results
+    assert all(0 <= results["accuracy"][key]["accuracy"] <= 1 for key in ("float", "rounded", "packed"))
+    assert results["accuracy"]["packed"]["num_images"] == 40
+    assert results["bytes"]["packed"] == (output_dir / "packed" / "model.safetensors").stat().st_size
+    assert results["bytes"]["packed"] < results["bytes"]["float"]
+    assert results["packed_difference"] <= 1e-5
+    assert results["run"]["steps"] == 8
+    assert results["oscillation"].keys() == {"start", "peak", "end", "frozen"}
+
+
+def test_the_checkpoint_is_what_training_ended_with(finished):
+    output_dir, _ = finished
+    packed = AutoModelForImageClassification.from_pretrained(output_dir / "packed")
+    trained = AutoModelForImageClassification.from_pretrained(output_dir / "qat")
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(packed(images).logits, trained(images).logits)
+    assert packed.config.id2label == {i: str(i) for i in range(10)}
+
+
+def test_the_image_processor_prepares_as_the_run_did(finished):
+    processor = AutoImageProcessor.from_pretrained(finished[0] / "packed")
+    assert tuple(processor.data_config["input_size"]) == (3, 32, 32)
+
+
+def test_the_folder_holds_card_pictures_and_recipe_and_no_pickle(finished):
+    packed = finished[0] / "packed"
+    names = {path.name for path in packed.iterdir()}
+    assert names == {
+        "README.md", "config.json", "distances.png", "model.safetensors", "modeling_oscqat.py", "oscillation.png",
+        "recipe.yaml", "results.json",
+    }  # fmt: skip
+    recipe = yaml.safe_load((packed / "recipe.yaml").read_text())
+    assert recipe["quantization"]["weight_bits"] == 3
+    assert not list(finished[0].rglob("training_args.bin"))
+
+
+def test_the_card_says_what_was_measured(finished):
+    output_dir, results = finished
+    card = ModelCard.load(output_dir / "packed" / "README.md")
+    assert card.data.library_name == "transformers"
+    for key in ("float", "rounded", "packed"):
+        assert f"{100 * results['accuracy'][key]['accuracy']:.2f}%" in card.text
+    assert f"{results['bytes']['packed']:,}" in card.text
+    assert "more information needed" not in card.text.lower()
+
+
+def test_the_python_on_the_card_runs(finished, monkeypatch):
+    card = (finished[0] / "packed" / "README.md").read_text()
+    blocks = [block.split("```")[0] for block in card.split("```python")[1:]]
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "card", "exec"), {})
+
+
+def test_the_same_command_again_ends_the_same(finished):
+    output_dir, results = finished
+    again = main([*SETTINGS, "--float_epochs", "1", "--output_dir", str(output_dir)])
+    assert again["accuracy"]["packed"]["accuracy"] == results["accuracy"]["packed"]["accuracy"]
+    assert again["run"]["steps"] == results["run"]["steps"]
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished):
+    with pytest.raises(ValueError, match=r"told otherwise about num_train_epochs, seed; expected the same settings"):
+        main(
+            [
+                *SETTINGS,
+                "--float_epochs",
+                "1",
+                "--output_dir",
+                str(finished[0]),
+                "--num_train_epochs",
+                "3",
+                "--seed",
+                "1",
+            ]
+        )
+
+
+@pytest.mark.parametrize("form", ["packed", "qat", "float"])
+def test_eval_only_measures_any_form(finished, form):
+    output_dir, results = finished
+    data = ["--dataset_name", "digits", "--max_eval_samples", "40", "--use_cpu", "true", "--disable_tqdm", "true"]
+    model = ["--model_name_or_path", str(output_dir / form), "--output_dir", str(output_dir / "unused")]
+    measured = main(["--eval_only", *data, *model])
+    expected = results["accuracy"]["float" if form == "float" else "packed"]
+    assert measured["accuracy"] == pytest.approx(expected["accuracy"])
+    assert not (output_dir / "unused").exists()
+
+
+def test_training_goes_on_from_a_folder_in_training_form(finished, tmp_path):
+    model = ["--model_name_or_path", str(finished[0] / "qat"), "--output_dir", str(tmp_path / "more")]
+    results = main([*SETTINGS, *model, "--max_steps", "1", "--evaluate_baselines", "false"])
+    assert results["accuracy"]["float"] is None
+    assert results["run"]["steps"] == 1
+
+
+def test_an_interrupted_run_continues_to_the_same_end(finished, tmp_path, monkeypatch):
+    output_dir, results = finished
+    command = [*SETTINGS, "--float_epochs", "1", "--output_dir", str(tmp_path / "broken")]
+
+    def stop(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("run_qat.OscQATTrainer.save_model", _save_once_then(stop))
+        with pytest.raises(KeyboardInterrupt):
+            main(command)
+    assert (tmp_path / "broken" / "checkpoint-4").is_dir()
+    assert not (tmp_path / "broken" / "packed").exists()
+    assert main(command)["accuracy"] == {
+        key: {**value, "images_per_second": pytest.approx(value["images_per_second"], rel=1e3)}
+        for key, value in results["accuracy"].items()
+    }
+    original = AutoModelForImageClassification.from_pretrained(output_dir / "qat").state_dict()
+    continued = AutoModelForImageClassification.from_pretrained(tmp_path / "broken" / "qat").state_dict()
+    for name, tensor in original.items():
+        assert torch.equal(torch.nan_to_num(tensor), torch.nan_to_num(continued[name])), name
+
+
+def _save_once_then(stop):
+    """Let the first checkpoint be saved and stop the run at the second."""
+    from hf_oscqat import OscQATTrainer
+
+    original, calls = OscQATTrainer.save_model, []
+
+    def save(self, *args, **kwargs):
+        calls.append(1)
+        (original if len(calls) == 1 else stop)(self, *args, **kwargs)
+
+    return save
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is not empty and holds no run to continue"):
+        main([*SETTINGS, "--output_dir", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_packed_model_is_not_trained(finished, tmp_path):
+    with pytest.raises(ValueError, match="a packed checkpoint, expected a float model"):
+        main([*SETTINGS, "--model_name_or_path", str(finished[0] / "packed"), "--output_dir", str(tmp_path / "run")])
+
+
+def test_an_unknown_timm_name_gets_suggestions(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a timm name.*did you mean test_efficientnet"):
+        main([*SETTINGS, "--model_name_or_path", "test_efficientnett", "--output_dir", str(tmp_path / "run")])
+
+
+def test_a_pattern_that_matches_no_layer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"got pattern 'conv_steem' in modules_to_not_convert"):
+        main([*SETTINGS, "--quantization.modules_to_not_convert", "[conv_steem]", "--output_dir", str(tmp_path / "r")])
+
+
+def test_data_with_other_classes_than_the_model_is_not_evaluated(finished, tmp_path, make_wrapper):
+    make_wrapper().save_pretrained(tmp_path)
+    options = ["--dataset_name", "digits", "--use_cpu", "true", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="with 5 classes and data with 10"):
+        main(["--eval_only", *options, "--model_name_or_path", str(tmp_path)])
+
+
+def test_card_template_is_found():
+    assert (Path(__file__).parents[2] / "model_cards" / "model_card.md.jinja").is_file()
