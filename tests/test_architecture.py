@@ -1,6 +1,7 @@
 """The map of docs/design.md as a test: who may import whom, and what nobody may use."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,8 +89,6 @@ def test_module_imports_no_library_that_its_part_does_without(path):
 
 
 def test_quantization_needs_torch_and_the_standard_library_only():
-    import sys
-
     for path in MODULES:
         if part_of(path) == "quantization":
             outside = {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names

@@ -73,7 +73,9 @@ class TestHeader:
         }
         layer = make_packed(nn.Linear(3, 2), LayerFormat.from_dict("0", data))
         integers = torch.tensor([[-4, 3, 0], [1, -1, 2]])
-        fill_packed(layer, {"weight_int": integers, "weight_scale": torch.ones(1), "input_scale": torch.full((1,), 2.0)})
+        fill_packed(
+            layer, {"weight_int": integers, "weight_scale": torch.ones(1), "input_scale": torch.full((1,), 2.0)}
+        )
         # integers + 4: 0 7 4 and 5 3 6; three bits each, least significant first: 000 111 001(0000000), 101 110 011
         written = [bytes([0b00111000, 0b1, 0b10011101, 0b1]), b"\x00\x00\x80\x3f", b"\x00\x00\x00\x40"]
         metadata = header_metadata(nn.Sequential(layer))
@@ -255,8 +257,8 @@ ON_FILE = {
     **{
         f"{place} with another {key}": (
             lambda f, place=place, part=part, key=key, value=value: (
-                (f.content["layers"] if place == "header" else f.layers)["pw"][part].update({key: value})
-            ),
+                f.content["layers"] if place == "header" else f.layers
+            )["pw"][part].update({key: value}),
             "layer 'pw' as .* in the header and as .* in config.json",
         )
         for place in ("header", "config")

@@ -93,7 +93,7 @@ def test_unknown_key_is_an_error_that_names_the_one_that_was_meant(make, given_k
 
 
 def test_unknown_key_like_no_other_lists_the_valid_ones():
-    with pytest.raises(ValueError, match="unknown key 'zzz'.*weight_bits") as error:
+    with pytest.raises(ValueError, match=r"unknown key 'zzz'.*weight_bits") as error:
         OscQATConfig(zzz=1)
     assert "Did you mean" not in str(error.value)
 

@@ -176,26 +176,26 @@ class TestWidths:
         assert "conv_head" not in widths(bare)
 
 
+REFUSED = {
+    "LSTM": (lambda: nn.LSTM(4, 4), "recurrent"),
+    "GRU": (lambda: nn.GRU(4, 4), "recurrent"),
+    "RNN": (lambda: nn.RNN(4, 4), "recurrent"),
+    "MultiheadAttention": (lambda: nn.MultiheadAttention(4, 2), "without calling"),
+    "StdConv2d": (lambda: StdConv2d(4, 4, 1), "standardises"),
+    "StdConv2dSame": (lambda: StdConv2dSame(4, 4, 1), "standardises"),
+    "ScaledStdConv2d": (lambda: ScaledStdConv2d(4, 4, 1), "standardises"),
+    "ScaledStdConv2dSame": (lambda: ScaledStdConv2dSame(4, 4, 1), "standardises"),
+    "CondConv2d": (lambda: CondConv2d(4, 4, 1), "several weights"),
+    "weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "parametrized"),
+    "orthogonal": (lambda: parametrizations.orthogonal(nn.Conv2d(4, 4, 1)), "parametrized"),
+    # These two write a computed weight into the layer before each forward.
+    "spectral_norm": (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), ""),
+    "pruned": (lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5), ""),
+}
+
+
 class TestRefusals:
-    @pytest.mark.parametrize(
-        ("make", "reason"),
-        [
-            (lambda: nn.LSTM(4, 4), "recurrent"),
-            (lambda: nn.GRU(4, 4), "recurrent"),
-            (lambda: nn.RNN(4, 4), "recurrent"),
-            (lambda: nn.MultiheadAttention(4, 2), "without calling"),
-            (lambda: StdConv2d(4, 4, 1), "standardises"),
-            (lambda: StdConv2dSame(4, 4, 1), "standardises"),
-            (lambda: ScaledStdConv2d(4, 4, 1), "standardises"),
-            (lambda: ScaledStdConv2dSame(4, 4, 1), "standardises"),
-            (lambda: CondConv2d(4, 4, 1), "several weights"),
-            (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "parametrized"),
-            (lambda: parametrizations.orthogonal(nn.Conv2d(4, 4, 1)), "parametrized"),
-            (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), ""),
-            (lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5), ""),
-        ],
-        ids="LSTM GRU RNN MHA Std StdSame Scaled ScaledSame CondConv weight_norm orthogonal spectral_norm pruned".split(),
-    )
+    @pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED.keys())
     def test_layer_that_cannot_be_quantized_is_named_and_the_model_unchanged(self, make, reason):
         model = nn.Sequential(OrderedDict(stem=nn.Linear(4, 4), odd=make(), head=nn.Linear(4, 4)))
         before = snapshot(model)

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     float_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if not any(True for _ in quantized_layers(model)):
         prepare_qat(model, settings.quantization)
-        model.to(training.device)  # type: ignore[operator]
+        model.to(training.device)
         calibrate(model, _calibration_batches(data, settings))
     if run.evaluate_baselines:
         baselines["rounded"] = _evaluate(model, data.validation, training)
@@ -105,11 +105,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     trainer.save_model(str(output_dir / "qat"))
     trainer.save_state()
 
-    model = trainer.accelerator.unwrap_model(trainer.model).cpu().eval()
+    # In mixed precision accelerate has wrapped forward; what is packed and checked is the float32 model.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).cpu().eval()
     packed_dir = output_dir / "packed"
     if training.should_save:
-        _prune_config(model)
-        pack(model).save_pretrained(packed_dir)
+        packed: PreTrainedModel = pack(model)
+        packed.save_pretrained(packed_dir)
     trainer.accelerator.wait_for_everyone()
     loaded = AutoModelForImageClassification.from_pretrained(packed_dir)
     difference = _largest_difference(model, loaded, data.validation)
@@ -430,10 +431,6 @@ def _publish(
     _write_json(output_dir / RESULTS, results)
     _write_json(packed_dir / RESULTS, results)
     _write(packed_dir / "README.md", str(render_card(results)))
-
-
-def _prune_config(model: PreTrainedModel) -> None:
-    model.config.problem_type = None
 
 
 def _origin(settings: Settings) -> str:

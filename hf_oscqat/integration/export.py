@@ -52,6 +52,8 @@ def pack(model: nn.Module) -> nn.Module:
             _check_range(f"{short_name(name)}.{part}_quantizer", getattr(layer, f"{part}_quantizer"))
 
     packed = copy.deepcopy(model)
+    for name in ("forward", "_original_forward"):  # accelerate's autocast, where it has trained the model
+        packed.__dict__.pop(name, None)
     for _, layer in quantized_layers(packed):
         _pack_layer(layer)
     packed.eval().requires_grad_(False)

@@ -197,7 +197,11 @@ class TestSize:
     @pytest.mark.parametrize("bits", [2, 3, 4])
     def test_file_is_within_the_bound_of_the_contract(self, make_prepared_wrapper, tmp_path, bits):
         model = make_prepared_wrapper(
-            weight_bits=bits, weight_granularity="per_channel", weight_scheme="asymmetric", activation_bits=bits, **FAST
+            weight_bits=bits,
+            weight_granularity="per_channel",
+            weight_scheme="asymmetric",
+            activation_bits=bits,
+            **FAST,
         )
         pack(model).save_pretrained(tmp_path)
         bound = 0
@@ -281,7 +285,10 @@ SPOILED_CONFIG = {
     "no grid": (lambda d: d["layers"][STEM].update(weight=None), STEM),
     "one layer less": (lambda d: d["layers"].pop(STEM), STEM),
     "one layer more": (lambda d: d["layers"].update({f"{STEM}.more": d["layers"][STEM]}), f"{STEM}.more"),
-    "layer that is none": (lambda d: d["layers"].update({"timm_model.blocks": d["layers"][STEM]}), "timm_model.blocks"),
+    "layer that is none": (
+        lambda d: d["layers"].update({"timm_model.blocks": d["layers"][STEM]}),
+        "timm_model.blocks",
+    ),
     "no layers": (lambda d: d.pop("layers"), "layers"),
     "training format": (lambda d: d.update(checkpoint_format="qat"), "timm_model"),
     "format version": (lambda d: d.update(format_version=2), "format_version"),

@@ -78,11 +78,12 @@ def error_of(function):
     except Exception as error:
         return [type(error).__name__, str(error)]
 
+load = AutoModelForImageClassification.from_pretrained
 with torch.no_grad():
     report["without"] = error_of(lambda: AutoModel.from_pretrained(good))
-    report["without_head"] = error_of(lambda: AutoModelForImageClassification.from_pretrained(good))
-    report["corrupted"] = error_of(lambda: AutoModelForImageClassification.from_pretrained(bad, trust_remote_code=True))
-    model = AutoModelForImageClassification.from_pretrained(good, trust_remote_code=True)
+    report["without_head"] = error_of(lambda: load(good))
+    report["corrupted"] = error_of(lambda: load(bad, trust_remote_code=True))
+    model = load(good, trust_remote_code=True)
     report["logits"] = model(x).logits.tolist()
     features = AutoModel.from_pretrained(good, trust_remote_code=True)(x).last_hidden_state
     report["features"] = features.double().sum().item()

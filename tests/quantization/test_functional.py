@@ -120,7 +120,9 @@ def test_values_half_a_step_beyond_the_bounds_do_not(x):
     assert x.grad.item() == 0
 
 
-@pytest.mark.parametrize(("zero_point", "passes"), [(0.0, True), (7.0, True), (-0.4, True), (-0.6, False), (7.6, False)])
+@pytest.mark.parametrize(
+    ("zero_point", "passes"), [(0.0, True), (7.0, True), (-0.4, True), (-0.6, False), (7.6, False)]
+)
 def test_zero_point_learns_while_its_rounded_value_is_on_the_grid(zero_point, passes):
     x = torch.tensor([100.0, -100.0, 100.0])
     zero_point = torch.tensor([zero_point], requires_grad=True)

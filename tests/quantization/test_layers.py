@@ -37,7 +37,9 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(("make", "shape"), LAYERS, ids=lambda part: str(part()).split("(")[0] if callable(part) else "")
+@pytest.mark.parametrize(
+    ("make", "shape"), LAYERS, ids=lambda part: str(part()).split("(")[0] if callable(part) else ""
+)
 def test_forward_is_that_of_the_layer_on_quantized_weight_and_input(make, shape):
     layer = make()
     plain = copy.deepcopy(layer)
@@ -132,7 +134,7 @@ def test_attribute_error_inside_the_weight_is_not_swallowed():
     # nn.Module would answer an AttributeError of a property by looking `weight` up among its parameters.
     layer = quantize(nn.Linear(6, 4))
     del layer.weight_quantizer
-    with pytest.raises(RuntimeError, match="weight of QuantizedLinear cannot be quantized.*weight_quantizer"):
+    with pytest.raises(RuntimeError, match=r"weight of QuantizedLinear cannot be quantized.*weight_quantizer"):
         _ = layer.weight
 
 

@@ -173,7 +173,7 @@ def test_compiled_packed_model_equals_eager():
 def test_attribute_error_inside_the_weight_is_not_swallowed():
     layer = pack(trained()[0])[0]
     del layer.weight_scale
-    with pytest.raises(RuntimeError, match="weight of PackedLinear cannot be unpacked.*weight_scale"):
+    with pytest.raises(RuntimeError, match=r"weight of PackedLinear cannot be unpacked.*weight_scale"):
         _ = layer.weight
 
 
@@ -227,7 +227,9 @@ def test_format_that_cannot_be_is_refused_with_the_name_of_the_layer(change, mes
         LayerFormat.from_dict("head", {"weight": GRID | change, "input": None})
 
 
-@pytest.mark.parametrize("data", [None, 3, {}, {"weight": None}, {"weight": 4, "input": None}, {"weight": [], "input": 0}])
+@pytest.mark.parametrize(
+    "data", [None, 3, {}, {"weight": None}, {"weight": 4, "input": None}, {"weight": [], "input": 0}]
+)
 def test_format_that_is_no_pair_of_grids_is_refused(data):
     with pytest.raises(FormatError, match="format of layer 'head' cannot be read"):
         LayerFormat.from_dict("head", data)

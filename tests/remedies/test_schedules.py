@@ -46,7 +46,9 @@ def test_value_moves_one_way_and_stays_between_start_and_final(step, total_steps
 
 @pytest.mark.parametrize("anneal_start", [1, 1.5, -0.1, math.nan])
 def test_start_that_is_no_share_of_training_is_an_error(anneal_start):
-    with pytest.raises(ValueError, match=rf"got anneal_start={anneal_start}, expected a share of training in \[0, 1\)"):
+    with pytest.raises(
+        ValueError, match=rf"got anneal_start={anneal_start}, expected a share of training in \[0, 1\)"
+    ):
         check_anneal_start(anneal_start)
 
 

@@ -164,6 +164,11 @@ def _save_once_then(stop):
     return save
 
 
+def test_mixed_precision_ends_in_the_same_kind_of_checkpoint(tmp_path):
+    results = main([*SETTINGS, "--bf16", "true", "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
+    assert results["packed_difference"] <= 1e-5
+
+
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="is not empty and holds no run to continue"):
