@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before any Hugging Face library is imported: no test may reach for the network.
@@ -13,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hypothesis import settings
 from torch import Tensor, nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
@@ -29,6 +30,13 @@ transformers_logging.disable_progress_bar()
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _new_process() -> Iterator[None]:
+    """Make accelerate forget the last test's precision, which it keeps for the life of a process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers import EvalPrediction
+
+from accelerate import PartialState
 
 
 def keep_top5(logits: Any, labels: Tensor) -> Tensor:
@@ -87,24 +88,30 @@ def evaluate_accuracy(
     """
     if len(cast(Sized, dataset)) == 0:
         raise ValueError("got an empty dataset, expected images to evaluate on")
-    accelerator = Accelerator(cpu=cpu)
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)
-    loader = accelerator.prepare(loader)
+    # PartialState and not Accelerator: that would settle the precision of a Trainer that is made later.
+    state = PartialState(cpu=cpu)
+    count = len(cast(Sized, dataset))
+    own = Subset(dataset, range(state.process_index, count, state.num_processes))
+    loader = DataLoader(own, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)
     was_training = model.training
-    model.eval().to(accelerator.device)
-    hits, start = [], time.perf_counter()
-    bar = tqdm(loader, desc="Evaluating", leave=False, disable=not (show_progress and accelerator.is_main_process))
+    model.eval().to(state.device)
+    hits = torch.zeros(2, dtype=torch.float64, device=state.device)
+    start = time.perf_counter()
     with torch.inference_mode():
-        for batch in bar:
-            logits = model(pixel_values=batch["pixel_values"]).logits
-            hit = keep_top5(logits, batch["labels"]) == batch["labels"][:, None]
-            hits.append(accelerator.gather_for_metrics(hit).cpu())
+        for batch in tqdm(
+            loader, desc="Evaluating", leave=False, disable=not (show_progress and state.is_main_process)
+        ):
+            labels = batch["labels"].to(state.device)
+            hit = (
+                keep_top5(model(pixel_values=batch["pixel_values"].to(state.device)).logits, labels) == labels[:, None]
+            )
+            hits += torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
+    if state.num_processes > 1:
+        torch.distributed.all_reduce(hits)
     model.train(was_training)
-    seconds = time.perf_counter() - start
-    hit = torch.cat(hits)
     return Evaluation(
-        accuracy=hit[:, 0].float().mean().item(),
-        top5_accuracy=hit.any(1).float().mean().item(),
-        num_images=len(hit),
-        images_per_second=len(hit) / seconds,
+        accuracy=hits[0].item() / count,
+        top5_accuracy=hits[1].item() / count,
+        num_images=count,
+        images_per_second=count / (time.perf_counter() - start),
     )

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from hf_oscqat import pack
@@ -103,13 +104,23 @@ Path(sys.argv[4]).write_text(json.dumps(report))
 @pytest.fixture(scope="module")
 def published(make_prepared_wrapper, pixel_values, tmp_path_factory):
     """A packed checkpoint on disk, the model it was made from, and what a process without the package makes of it."""
-    root = tmp_path_factory.mktemp("published")
     model = make_prepared_wrapper(
         weight_bits=3,
         weight_granularity="per_channel",
         activation_scheme="asymmetric",
         range_estimator="minmax",
     )
+    # The process is slow to start: the workers of pytest-xdist share one.
+    shared = tmp_path_factory.getbasetemp()
+    root = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "published"
+    root.mkdir(exist_ok=True)
+    with FileLock(root / "lock"):
+        if not (root / "report.json").exists():
+            run_without_the_package(model, pixel_values, root)
+    return root, model, json.loads((root / "report.json").read_text(encoding="utf-8"))
+
+
+def run_without_the_package(model, pixel_values, root):
     pack(model).save_pretrained(root / "good")
     pack(model).save_pretrained(root / "bad")
     weights = root / "bad" / "model.safetensors"
@@ -130,7 +141,6 @@ def published(make_prepared_wrapper, pixel_values, tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return root, model, json.loads((root / "report.json").read_text(encoding="utf-8"))
 
 
 class TestWithoutThePackage:

@@ -239,8 +239,7 @@ def test_unknown_gradient_estimator_is_an_error_that_lists_the_known():
         fake_quantize(torch.ones(1), torch.ones(1), None, -4, 3, gradient_estimator="ewgs2")
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(("asymmetric", "frozen"), [(False, False), (True, True)])
 def test_compiled_whole_graph_equals_eager(asymmetric, frozen):
     def run(x, scale, zero_point, frozen_int):
         qmin, qmax = (-4, 3) if zero_point is None else (0, 7)
