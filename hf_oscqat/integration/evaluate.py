@@ -98,13 +98,11 @@ def evaluate_accuracy(
     hits = torch.zeros(2, dtype=torch.float64, device=state.device)
     start = time.perf_counter()
     with torch.inference_mode():
-        for batch in tqdm(
-            loader, desc="Evaluating", leave=False, disable=not (show_progress and state.is_main_process)
-        ):
+        shown = show_progress and state.is_main_process
+        for batch in tqdm(loader, desc="Evaluating", leave=False, disable=not shown):
             labels = batch["labels"].to(state.device)
-            hit = (
-                keep_top5(model(pixel_values=batch["pixel_values"].to(state.device)).logits, labels) == labels[:, None]
-            )
+            logits = model(pixel_values=batch["pixel_values"].to(state.device)).logits
+            hit = keep_top5(logits, labels) == labels[:, None]
             hits += torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
     if state.num_processes > 1:
         torch.distributed.all_reduce(hits)

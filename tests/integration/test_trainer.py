@@ -47,9 +47,7 @@ def make_trainer(make_prepared_wrapper, tmp_path):
             "disable_tqdm": True,
             "seed": 0,
         }
-        model = model or make_prepared_wrapper(
-            **{"batchnorm_reestimation_batches": 2, **(config or {})}
-        )
+        model = model or make_prepared_wrapper(**{"batchnorm_reestimation_batches": 2, **(config or {})})
         args = OscQATTrainingArguments(**{**defaults, **kwargs})
         return OscQATTrainer(model=model, args=args, train_dataset=RandomImages(), eval_dataset=RandomImages())
 
