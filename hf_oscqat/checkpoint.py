@@ -50,7 +50,7 @@ def header_metadata(model: nn.Module) -> dict[str, str]:
 
 def digest(tensor: Tensor) -> str:
     """Sha256 of a tensor's bytes in C order, little-endian, in base64 without padding, for a short header."""
-    content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    content = tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
     return base64.b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
 
 

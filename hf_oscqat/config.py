@@ -98,7 +98,6 @@ class OscQATConfig(QuantizationConfigMixin):
     layers: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
-        self.overrides = {} if self.overrides is None else dict(self.overrides)
         self.modules_to_not_convert = _patterns("modules_to_not_convert", self.modules_to_not_convert)
         for name in ("weight_bits", "activation_bits", "first_last_bits"):
             _check_bits(name, getattr(self, name))
@@ -108,9 +107,16 @@ class OscQATConfig(QuantizationConfigMixin):
         _check_choice("range_estimator", self.range_estimator, tuple(RANGE_ESTIMATORS))
         _check_choice("gradient_estimator", self.gradient_estimator, GRADIENT_ESTIMATORS)
         _check_choice("checkpoint_format", self.checkpoint_format, ("qat", "packed"))
-        self._check_overrides()
-        if not 0 < self.tracker_momentum <= 1:
-            raise ValueError(f"got tracker_momentum={self.tracker_momentum!r}, expected a number in (0, 1]")
+        self.overrides = _overrides({} if self.overrides is None else self.overrides)
+        if not isinstance(self.lsq_gradient_scaling, bool):
+            raise ValueError(f"got lsq_gradient_scaling={self.lsq_gradient_scaling!r}, expected True or False")
+        momentum = self.tracker_momentum
+        if not (isinstance(momentum, int | float) and 0 < momentum <= 1):
+            raise ValueError(f"got tracker_momentum={momentum!r}, expected a number in (0, 1]")
+        if not _is_int(self.format_version):
+            raise ValueError(f"got format_version={self.format_version!r}, expected a whole number")
+        if self.layers is not None and not isinstance(self.layers, Mapping):
+            raise ValueError(f"got layers={self.layers!r}, expected what hf_oscqat.pack writes, or nothing")
         count = self.batchnorm_reestimation_batches
         if not _is_int(count) or count < 0:
             raise ValueError(f"got batchnorm_reestimation_batches={count!r}, expected a whole number of batches, or 0")
@@ -169,15 +175,19 @@ class OscQATConfig(QuantizationConfigMixin):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, OscQATConfig) and self.to_dict() == other.to_dict()
 
-    def _check_overrides(self) -> None:
-        for pattern, override in self.overrides.items():
-            if not isinstance(override, Mapping):
-                raise ValueError(
-                    f"got overrides[{pattern!r}]={override!r}, expected a mapping such as {{'weight_bits': 8}}"
-                )
-            for key, value in override.items():
-                check_keys([key], ("weight_bits", "activation_bits"), f"overrides[{pattern!r}]")
-                _check_bits(f"overrides[{pattern!r}].{key}", value)
+
+def _overrides(given: Any) -> dict[str, dict[str, int | None]]:
+    if not isinstance(given, Mapping) or not all(isinstance(pattern, str) for pattern in given):
+        raise ValueError(f"got overrides={given!r}, expected {{name pattern: {{'weight_bits': .., ..}}}}")
+    for pattern, override in given.items():
+        if not isinstance(override, Mapping):
+            raise ValueError(
+                f"got overrides[{pattern!r}]={override!r}, expected a mapping such as {{'weight_bits': 8}}"
+            )
+        for key, value in override.items():
+            check_keys([key], ("weight_bits", "activation_bits"), f"overrides[{pattern!r}]")
+            _check_bits(f"overrides[{pattern!r}].{key}", value)
+    return {pattern: dict(override) for pattern, override in given.items()}
 
 
 def _is_int(value: Any) -> bool:
@@ -210,6 +220,6 @@ def _remedy_settings(name: str, remedy: type[Remedy], given: Any) -> Any:
 
 def _patterns(name: str, given: Any) -> list[str]:
     patterns = [] if given is None else given
-    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+    if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"got {name}={given!r}, expected a list of module name patterns")
     return list(patterns)

@@ -23,6 +23,7 @@ from hf_oscqat.quantization.layers import (
     quantized_layers,
     quantizers,
 )
+from hf_oscqat.quantization.packed import PackedLayer
 from hf_oscqat.quantization.quantizer import Quantizer
 from hf_oscqat.quantization.range_estimators import RANGE_ESTIMATORS, RangeEstimator
 from hf_oscqat.remedies.batchnorm import Batch, forward_batch
@@ -100,6 +101,8 @@ def insert_quantizers(model: nn.Module, config: OscQATConfig, *, partial_model: 
     Raises:
         ValueError: see `prepare_qat`.
     """
+    if any(isinstance(module, PackedLayer) for module in model.modules()):
+        raise ValueError("got a packed model, expected a float model: integers cannot be trained")
     if any(True for _ in quantized_layers(model)):
         raise ValueError("got a model that is prepared already, expected a float model")
     plans = plan_layers(model, config, partial_model=partial_model)
@@ -173,9 +176,11 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
         batches: training batches, each a tensor or a dict of what the model's forward takes.
 
     Raises:
-        ValueError: if there are no batches, or no range can be found for a quantizer: it saw nothing but zeros, a NaN,
-            or was never called. The layer is named, and no range has been changed.
+        ValueError: if the model is not prepared, there are no batches, or no range can be found for a quantizer: it saw
+            nothing but zeros, a NaN, or was never called. The layer is named, and no range has been changed.
     """
+    if not any(True for _ in quantized_layers(model)):
+        raise ValueError("got a model without quantized layers, expected a prepared one: run prepare_qat first")
     found = [
         (name, layer.weight_quantizer, _weight_estimator(layer.weight_quantizer, layer.latent_weight))
         for name, layer in quantized_layers(model)
@@ -297,6 +302,8 @@ class _Patterns:
 def _why_refused(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module):
         return "its parameters are parametrized already"
+    if isinstance(module, QUANTIZABLE) and "weight" not in module._parameters:
+        return "its weight is computed before each forward, by a norm or by pruning"
     return next((REFUSED[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in REFUSED), None)
 
 

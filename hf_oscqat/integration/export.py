@@ -48,6 +48,8 @@ def pack(model: nn.Module) -> nn.Module:
         expected = ", ".join(cls.__name__ for cls in PUBLISHED)
         raise ValueError(f"got a {type(model).__name__}, expected {expected} or a bare timm model")
     for name, layer in layers.items():
+        if not bool(torch.isfinite(layer.latent_weight).all()):
+            raise ValueError(f"got weights of {short_name(name)} that are not finite: training has diverged")
         for part in ("weight", "input"):
             _check_range(f"{short_name(name)}.{part}_quantizer", getattr(layer, f"{part}_quantizer"))
 

@@ -16,7 +16,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_oscqat.checkpoint import CheckpointError, check_checkpoint, header_metadata
+from hf_oscqat.checkpoint import FORMAT_VERSION, CheckpointError, check_checkpoint, header_metadata
 from hf_oscqat.quantization.packed import FormatError, LayerFormat, make_packed
 
 REMOTE_CODE = "modeling_oscqat"
@@ -30,7 +30,19 @@ class OscQATTimmConfig(TimmWrapperConfig):
 
 
 class _PublishedModel:
-    """What the published classes share: how they are saved."""
+    """What the published classes share: what they are made from, and how they are saved."""
+
+    def __init__(self, config: OscQATTimmConfig, *args: Any, **kwargs: Any) -> None:
+        """Make the model, to be filled by `from_pretrained`.
+
+        Raises:
+            CheckpointError: if the config has no `quantization_config`; transformers would load random weights.
+        """
+        if getattr(config, "quantization_config", None) is None:
+            raise CheckpointError(
+                "got a config.json of a packed model without quantization_config, expected what hf_oscqat.pack writes"
+            )
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save weights and config, and beside them the code that loading needs.
@@ -91,6 +103,12 @@ class PackedQuantizer(HfQuantizer):
             raise CheckpointError(
                 "got a config.json whose quantization_config has no checkpoint_format 'packed' and layers, "
                 "expected what hf_oscqat.pack writes"
+            )
+        version = getattr(self.quantization_config, "format_version", None)
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"got format_version {version!r} in config.json, expected {FORMAT_VERSION}: "
+                "a newer hf_oscqat may read it"
             )
         headless = ignore_head(model)
         modules = dict(model.named_modules())

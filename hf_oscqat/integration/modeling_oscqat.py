@@ -172,7 +172,7 @@ def fake_quantize(
 
 def lsq_gradient_scale(x: Tensor, scale: Tensor, qmax: int) -> float:
     """LSQ's factor on the scale's gradient, `1 / sqrt(values per scale * qmax)` (Esser et al., sec. 2.2)."""
-    return (x.numel() // scale.numel() * qmax) ** -0.5
+    return (max(1, x.numel() // scale.numel()) * qmax) ** -0.5
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -256,12 +256,12 @@ def pack_bits(values: Tensor, num_bits: int) -> Tensor:
         ValueError: if a value does not fit in `num_bits` bits.
     """
     rows, count = values.shape
-    if count and (int(values.min()) < 0 or int(values.max()) >= 2**num_bits):
+    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= 2**num_bits):
         raise ValueError(
             f"got integers from {int(values.min())} to {int(values.max())}, expected 0 to {2**num_bits - 1} "
             f"for {num_bits} bits: subtract qmin first"
         )
-    groups = F.pad(values.long(), (0, -count % 8)).view(rows, -1, 8)
+    groups = F.pad(values.long(), (0, -count % 8)).view(rows, -(-count // 8), 8)
     shifts = torch.arange(8, device=values.device)
     words = (groups << shifts * num_bits).sum(-1, keepdim=True)
     packed = (words >> 8 * shifts[:num_bits]) & 0xFF
@@ -287,7 +287,8 @@ def unpack_bits(packed: Tensor, num_bits: int, count: int) -> Tensor:
             f"got packed rows of shape {list(packed.shape)}, expected [rows, {packed_width(count, num_bits)}] "
             f"for {count} integers of {num_bits} bits"
         )
-    groups = F.pad(packed.long(), (0, -packed.shape[1] % num_bits)).view(packed.shape[0], -1, num_bits)
+    rows, width = packed.shape
+    groups = F.pad(packed.long(), (0, -width % num_bits)).view(rows, -(-width // num_bits), num_bits)
     shifts = torch.arange(8, device=packed.device)
     words = (groups << 8 * shifts[:num_bits]).sum(-1, keepdim=True)
     values = (words >> num_bits * shifts) & (2**num_bits - 1)
@@ -559,7 +560,7 @@ def header_metadata(model: nn.Module) -> dict[str, str]:
 
 def digest(tensor: Tensor) -> str:
     """Sha256 of a tensor's bytes in C order, little-endian, in base64 without padding, for a short header."""
-    content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    content = tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
     return base64.b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
 
 
@@ -697,7 +698,19 @@ class OscQATTimmConfig(TimmWrapperConfig):
 
 
 class _PublishedModel:
-    """What the published classes share: how they are saved."""
+    """What the published classes share: what they are made from, and how they are saved."""
+
+    def __init__(self, config: OscQATTimmConfig, *args: Any, **kwargs: Any) -> None:
+        """Make the model, to be filled by `from_pretrained`.
+
+        Raises:
+            CheckpointError: if the config has no `quantization_config`; transformers would load random weights.
+        """
+        if getattr(config, "quantization_config", None) is None:
+            raise CheckpointError(
+                "got a config.json of a packed model without quantization_config, expected what hf_oscqat.pack writes"
+            )
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save weights and config, and beside them the code that loading needs.
@@ -758,6 +771,12 @@ class PackedQuantizer(HfQuantizer):
             raise CheckpointError(
                 "got a config.json whose quantization_config has no checkpoint_format 'packed' and layers, "
                 "expected what hf_oscqat.pack writes"
+            )
+        version = getattr(self.quantization_config, "format_version", None)
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"got format_version {version!r} in config.json, expected {FORMAT_VERSION}: "
+                "a newer hf_oscqat may read it"
             )
         headless = ignore_head(model)
         modules = dict(model.named_modules())

@@ -161,7 +161,7 @@ def fake_quantize(
 
 def lsq_gradient_scale(x: Tensor, scale: Tensor, qmax: int) -> float:
     """LSQ's factor on the scale's gradient, `1 / sqrt(values per scale * qmax)` (Esser et al., sec. 2.2)."""
-    return (x.numel() // scale.numel() * qmax) ** -0.5
+    return (max(1, x.numel() // scale.numel()) * qmax) ** -0.5
 
 
 class _FakeQuantize(torch.autograd.Function):

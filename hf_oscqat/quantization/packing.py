@@ -29,12 +29,12 @@ def pack_bits(values: Tensor, num_bits: int) -> Tensor:
         ValueError: if a value does not fit in `num_bits` bits.
     """
     rows, count = values.shape
-    if count and (int(values.min()) < 0 or int(values.max()) >= 2**num_bits):
+    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= 2**num_bits):
         raise ValueError(
             f"got integers from {int(values.min())} to {int(values.max())}, expected 0 to {2**num_bits - 1} "
             f"for {num_bits} bits: subtract qmin first"
         )
-    groups = F.pad(values.long(), (0, -count % 8)).view(rows, -1, 8)
+    groups = F.pad(values.long(), (0, -count % 8)).view(rows, -(-count // 8), 8)
     shifts = torch.arange(8, device=values.device)
     words = (groups << shifts * num_bits).sum(-1, keepdim=True)
     packed = (words >> 8 * shifts[:num_bits]) & 0xFF
@@ -60,7 +60,8 @@ def unpack_bits(packed: Tensor, num_bits: int, count: int) -> Tensor:
             f"got packed rows of shape {list(packed.shape)}, expected [rows, {packed_width(count, num_bits)}] "
             f"for {count} integers of {num_bits} bits"
         )
-    groups = F.pad(packed.long(), (0, -packed.shape[1] % num_bits)).view(packed.shape[0], -1, num_bits)
+    rows, width = packed.shape
+    groups = F.pad(packed.long(), (0, -width % num_bits)).view(rows, -(-width // num_bits), num_bits)
     shifts = torch.arange(8, device=packed.device)
     words = (groups << 8 * shifts[:num_bits]).sum(-1, keepdim=True)
     values = (words >> num_bits * shifts) & (2**num_bits - 1)

@@ -50,6 +50,8 @@ class RangeEstimator(ABC):
         Raises:
             ValueError: if there are no values or one is not finite.
         """
+        if x.numel() == 0:
+            raise ValueError("got no values, expected a batch that is not empty")
         rows = self._rows(x)
         low, high = rows.amin(1), rows.amax(1)
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):

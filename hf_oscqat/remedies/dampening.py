@@ -5,6 +5,7 @@ oscillate at the threshold between two bins; in the centre of one they cannot. T
 start, or nothing would ever change its bin, so its weight grows along a cosine.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -72,9 +73,9 @@ class DampeningSettings:
         check_anneal_start(self.anneal_start)
         for name in ("weight", "weight_final"):
             value = getattr(self, name)
-            if not value >= 0:
+            if not 0 <= value < math.inf:
                 raise ValueError(
-                    f"got dampening {name}={value!r}, expected a number of at least 0: "
+                    f"got dampening {name}={value!r}, expected a finite number of at least 0: "
                     "a negative one pushes weights to the thresholds, where they oscillate"
                 )
 

@@ -35,6 +35,8 @@ class FreezingSettings:
     def __post_init__(self) -> None:
         if not 0 < self.momentum <= 1:
             raise ValueError(f"got freezing momentum={self.momentum!r}, expected a number in (0, 1]")
+        if not isinstance(self.use_ema, bool):
+            raise ValueError(f"got freezing use_ema={self.use_ema!r}, expected True or False")
         check_anneal_start(self.anneal_start)
         for name in ("threshold", "threshold_final"):
             value = getattr(self, name)

@@ -240,6 +240,8 @@ def attach_oscillation_state(layer: QuantizedLayer, *, count_total: bool = False
         layer.oscillation = OscillationState(
             layer.latent_weight, layer.weight_quantizer.num_bits, count_total=count_total
         )
+    elif count_total and oscillation_state(layer).total is None:
+        oscillation_state(layer).total = torch.zeros_like(layer.latent_weight, dtype=torch.int32, requires_grad=False)
 
 
 def oscillation_state(layer: QuantizedLayer) -> OscillationState:

@@ -96,7 +96,7 @@ def test_model_without_quantized_weights_is_an_error(make_net, prepare):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"weight": -1}, "got dampening weight=-1, expected a number of at least 0"),
+        ({"weight": -1}, "got dampening weight=-1, expected a finite number of at least 0"),
         ({"weight_final": -0.1}, "got dampening weight_final=-0.1"),
         ({"weight": float("nan")}, "got dampening weight=nan"),
         ({"anneal_start": 1.0}, "got anneal_start=1.0, expected a share"),
