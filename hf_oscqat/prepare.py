@@ -176,8 +176,8 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
         batches: training batches, each a tensor or a dict of what the model's forward takes.
 
     Raises:
-        ValueError: if the model is not prepared, there are no batches, or no range can be found for a quantizer: it saw
-            nothing but zeros, a NaN, or was never called. The layer is named, and no range has been changed.
+        ValueError: if the model is not prepared, there are no batches, or no range can be found for a quantizer: it
+            saw nothing but zeros, a NaN, or was never called. The layer is named, and no range has been changed.
     """
     if not any(True for _ in quantized_layers(model)):
         raise ValueError("got a model without quantized layers, expected a prepared one: run prepare_qat first")
