@@ -46,13 +46,13 @@ def assert_unchanged(model, before):
 
 
 class Ends(nn.Module):
-    """Defines its classifier before its stem, as only timm's config tells."""
+    """Defines its layers in an order that is not theirs; only timm's config tells."""
 
     def __init__(self):
         super().__init__()
         self.classifier = nn.Linear(4, 3)
-        self.body = nn.Linear(4, 4)
         self.stem = nn.Linear(4, 4)
+        self.body = nn.Linear(4, 4)
 
     def forward(self, x):
         return self.classifier(self.body(self.stem(x)))
@@ -79,7 +79,7 @@ class TestWidths:
         model = Ends()
         model.pretrained_cfg = {"first_conv": "conv_stem", "classifier": None}
         prepare_qat(model, OscQATConfig())
-        assert widths(model) == {"classifier": (8, None), "body": (4, 4), "stem": (8, 8)}
+        assert widths(model) == {"classifier": (8, None), "stem": (4, 4), "body": (8, 8)}
 
     def test_no_other_layer_becomes_last_when_the_classifier_stays_float(self):
         model = Ends()

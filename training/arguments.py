@@ -8,6 +8,8 @@ others. A key that nothing reads is an error.
 import json
 import os
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -101,6 +103,17 @@ class RecipeError(ValueError):
     """A recipe or an option cannot be used."""
 
 
+NOT_READ = {
+    "optim": "use weight_optimizer (sgd or adamw)",
+    "optim_args": "use weight_optimizer and momentum",
+    "resume_from_checkpoint": "a run continues by itself from the last checkpoint in its output_dir",
+    "do_train": "it always trains, unless --eval_only is given",
+    "do_eval": "it always evaluates",
+    "do_predict": "use --eval_only",
+    "push_to_hub": "publishing comes later; upload the folder `packed` with huggingface_hub",
+}
+"""Arguments of transformers that would be without effect here, and what to use."""
+
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, RunArguments, OscQATTrainingArguments)
 
 
@@ -115,7 +128,8 @@ def parse(argv: list[str]) -> Settings:
         SystemExit: after printing the help that was asked for.
     """
     if "--help" in argv or "-h" in argv:
-        raise SystemExit(USAGE + _parser().format_help())
+        sys.stdout.write(USAGE + _parser().format_help())
+        raise SystemExit(0)
     first_option = next((i for i, token in enumerate(argv) if token.startswith("--")), len(argv))
     recipe: dict[str, Any] = {}
     for path in argv[:first_option]:
@@ -125,6 +139,9 @@ def parse(argv: list[str]) -> Settings:
     flat = {key: value for key, value in recipe.items() if key != "quantization"}
     names = [f.name for cls in ARGUMENT_CLASSES for f in fields(cls) if f.init]
     check_keys(flat, [*names, "quantization"], "the recipe or the options")
+    for key, instead in NOT_READ.items():
+        if flat.get(key):
+            raise RecipeError(f"got {key}={flat[key]!r}, which this script does not read; {instead}")
     quantization = recipe.get("quantization") or {}
     if not isinstance(quantization, Mapping):
         raise RecipeError(f"got quantization={quantization!r}, expected a mapping of OscQATConfig arguments")
@@ -139,7 +156,7 @@ def parse(argv: list[str]) -> Settings:
             f"got {processes} processes from the launcher but {training.world_size} in training, expected as many: "
             "each would train alone"
         )
-    return Settings(model, data, run, training, config, recipe, " ".join(["training/run_qat.py", *argv]))
+    return Settings(model, data, run, training, config, recipe, shlex.join(["training/run_qat.py", *argv]))
 
 
 def _launched_processes() -> int:
@@ -185,6 +202,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_options(tokens: list[str]) -> dict[str, Any]:
+    # Text stays as it is typed: a revision such as 12e4567 is no number.
+    text_keys = {f.name for cls in ARGUMENT_CLASSES for f in fields(cls) if f.type in (str, str | None)}
     options: dict[str, Any] = {}
     position = 0
     while position < len(tokens):
@@ -197,12 +216,20 @@ def _read_options(tokens: list[str]) -> dict[str, Any]:
         while not equals and position < len(tokens) and not tokens[position].startswith("--"):
             values.append(tokens[position])
             position += 1
-        parsed = [yaml.load(value, Loader=_Loader) for value in values]
+        key = key.replace("-", "_")
+        parsed = [value if key in text_keys else _read_value(value) for value in values]
         nested: Any = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
-        for part in reversed(key.replace("-", "_").split(".")):
+        for part in reversed(key.split(".")):
             nested = {part: nested}
         options = _merge(options, nested)
     return options
+
+
+def _read_value(text: str) -> Any:
+    try:
+        return None if text == "None" else yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"got value {text!r}, which is no YAML: {error}") from error
 
 
 def _to_argv(flat: Mapping[str, Any]) -> list[str]:

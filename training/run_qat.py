@@ -79,17 +79,25 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with training.main_process_first():
         checkpoint = open_output_dir(output_dir, settings)
 
+    if (output_dir / RESULTS).is_file():
+        logger.info("the run in %s has ended; this is what it found", output_dir)
+        finished: dict[str, Any] = json.loads((output_dir / RESULTS).read_text(encoding="utf-8"))
+        if training.should_save:
+            show(finished)
+        return finished
+
     model = float_model(settings, data)
-    baselines: dict[str, Evaluation] = {}
-    if run.evaluate_baselines:
-        baselines["float"] = _evaluate(model, data.validation, training)
-    float_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    if not any(True for _ in quantized_layers(model)):
+    evaluations: dict[str, Evaluation] = {}
+    if any(True for _ in quantized_layers(model)):
+        _check_same_quantization(model, settings)
+    else:
+        if run.evaluate_baselines:
+            evaluations["float"] = _evaluate(model, data.validation, training)
         prepare_qat(model, settings.quantization)
         model.to(training.device)
         calibrate(model, _calibration_batches(data, settings))
-    if run.evaluate_baselines:
-        baselines["rounded"] = _evaluate(model, data.validation, training)
+        if run.evaluate_baselines:
+            evaluations["rounded"] = _evaluate(model, data.validation, training)
     if checkpoint is None and training.should_save:
         _write_json(output_dir / BEFORE, distance_histogram(model).to_dict())
 
@@ -107,6 +115,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     # In mixed precision accelerate has wrapped forward; what is packed and checked is the float32 model.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).cpu().eval()
+    # In another memory format convolutions sum in another order, and a value on a rounding threshold would flip.
+    model = model.to(memory_format=torch.contiguous_format)
     packed_dir = output_dir / "packed"
     if training.should_save:
         packed: PreTrainedModel = pack(model)
@@ -116,8 +126,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     difference = _largest_difference(model, loaded, data.validation)
     if not difference <= 1e-5:
         raise RuntimeError(f"the packed model differs from the trained one by {difference:.1e} of the largest logit")
-    baselines["packed"] = _evaluate(loaded, data.validation, training)
-    results = _results(settings, data, trainer, loaded, baselines, float_bytes, difference, outcome.metrics)
+    evaluations["packed"] = _evaluate(loaded, data.validation, training)
+    results = _results(settings, data, trainer, evaluations, difference, outcome.metrics)
     if training.should_save:
         _publish(output_dir, packed_dir, settings, results, trainer)
         show(results)
@@ -186,6 +196,10 @@ def float_model(settings: Settings, data: ImageData) -> PreTrainedModel:
             f"got {arguments.model_name_or_path}, a packed checkpoint, expected a float model or one in training form:"
             " integers cannot be trained. Use --eval_only to evaluate it"
         )
+    if not Path(source).is_dir() and not arguments.pretrained and settings.run.float_epochs == 0:
+        logger.warning(
+            "%s has random weights: pass --pretrained true, a folder with trained weights, or --float_epochs", source
+        )
     _set_transforms(model, data, settings)
     if settings.run.float_epochs > 0 and source != str(finished):
         _train_float(model, data, settings, finished)
@@ -225,6 +239,8 @@ def _train_float(model: PreTrainedModel, data: ImageData, settings: Settings, fi
     checkpoint = get_last_checkpoint(str(finished)) if finished.is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
+    # In mixed precision accelerate has wrapped forward; the baselines are those of the float32 model.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if training.should_save:
         model.save_pretrained(finished)
         _write_json(finished / RESULTS, metrics)
@@ -272,6 +288,28 @@ def _evaluate(model: PreTrainedModel, dataset: ImageDataset, training: OscQATTra
     )
 
 
+def _check_same_quantization(model: PreTrainedModel, settings: Settings) -> None:
+    """Refuse to train a model on another grid than it is on.
+
+    Raises:
+        ValueError: if recipe or options ask for another quantization than the model has.
+    """
+    has, wanted = model.config.quantization_config.to_dict(), settings.quantization.to_dict()
+    changed = sorted(key for key in wanted if has.get(key) != wanted[key])
+    if settings.recipe.get("quantization") and changed:
+        raise ValueError(
+            f"got {settings.model.model_name_or_path}, which is quantized already, with other settings of "
+            f"{', '.join(changed)}; expected the same quantization or none, or a float model"
+        )
+
+
+def _float_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the float model: the training form without what quantization has added."""
+    added = (".weight_quantizer.", ".input_quantizer.", ".oscillation.")
+    tensors = model.state_dict().items()
+    return sum(t.numel() * t.element_size() for name, t in tensors if not any(part in name for part in added))
+
+
 def _evaluate_only(settings: Settings, data: ImageData) -> dict[str, Any]:
     model_args = settings.model.model_args if isinstance(settings.model.model_args, dict) else None
     name = settings.model.model_name_or_path
@@ -300,9 +338,7 @@ def _results(
     settings: Settings,
     data: ImageData,
     trainer: OscQATTrainer,
-    packed: PreTrainedModel,
     evaluations: dict[str, Evaluation],
-    float_bytes: int,
     difference: float,
     metrics: dict[str, float],
 ) -> dict[str, Any]:
@@ -311,7 +347,7 @@ def _results(
     log = [entry for entry in trainer.state.log_history if "oscillating_percent" in entry]
     pretrained_cfg = model.config.pretrained_cfg
     started_from_weights = settings.model.pretrained or not settings.run.float_epochs
-    scheme = describe_scheme(settings.quantization)
+    scheme = describe_scheme(trainer.oscqat_config)
     results = {
         "model": {
             "name": Path(training.output_dir).name,
@@ -335,7 +371,7 @@ def _results(
         },
         "accuracy": {"float": None, "rounded": None} | {k: asdict(v) for k, v in evaluations.items()},
         "bytes": {
-            "float": float_bytes,
+            "float": _float_bytes(model),
             "packed": os.path.getsize(Path(training.output_dir, "packed", "model.safetensors")),
         },
         "oscillation": None
@@ -350,7 +386,7 @@ def _results(
         "packed_difference": difference,
         "run": {
             "command": settings.command,
-            "epochs": training.num_train_epochs,
+            "epochs": trainer.state.epoch,
             "steps": trainer.state.global_step,
             "processes": training.world_size,
             "device": _device_name(training.device),

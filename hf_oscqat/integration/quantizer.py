@@ -39,9 +39,9 @@ class OscQATQuantizer(PackedQuantizer):
         if self._is_packed:
             super()._process_model_before_weight_loading(model, checkpoint_files, **kwargs)
         elif self.pre_quantized:
-            ignore_head(model)
+            ignored = ignore_head(model)
             insert_quantizers(model, self.quantization_config, partial_model=True)
-            _attach_what_was_saved(model, checkpoint_files or ())
+            _attach_what_was_saved(model, checkpoint_files or (), ignored)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._is_packed:
@@ -78,8 +78,12 @@ class OscQATQuantizer(PackedQuantizer):
         return self.quantization_config.checkpoint_format == "packed"
 
 
-def _attach_what_was_saved(model: PreTrainedModel, files: Sequence[str]) -> None:
-    """Make room for tracker state and frozen integers, which a checkpoint has if training has come that far."""
+def _attach_what_was_saved(model: PreTrainedModel, files: Sequence[str], ignored: tuple[str, ...]) -> None:
+    """Make room for tracker state and frozen integers, which a checkpoint has if training has come that far.
+
+    Raises:
+        CheckpointError: if the file has quantizers that the model, as config.json describes it, has not.
+    """
     names: set[str] = set()
     for path in files:
         with safe_open(path, "pt") as file:
@@ -91,6 +95,14 @@ def _attach_what_was_saved(model: PreTrainedModel, files: Sequence[str]) -> None
             attach_oscillation_state(layer, count_total=f"{name}.oscillation.total" in names)
         if f"{name}.weight_quantizer.frozen_int" in names and layer.weight_quantizer is not None:
             layer.weight_quantizer.allow_freezing(layer.latent_weight)
+    expected = model.state_dict().keys()
+    ours = (".weight_quantizer.", ".input_quantizer.", ".oscillation.")
+    unknown = [name for name in names - expected if not name.startswith(ignored or "\0")]
+    extra = sorted(name for name in unknown if any(part in name for part in ours))
+    if extra:
+        raise CheckpointError(
+            f"got tensor {extra[0]!r}, for which config.json describes no quantizer, expected file and config to agree"
+        )
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = OscQATConfig

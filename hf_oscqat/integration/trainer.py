@@ -18,7 +18,14 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from hf_oscqat.config import OscQATConfig
@@ -59,6 +66,7 @@ class OscQATTrainingArguments(TrainingArguments):
     track_oscillations: bool = field(default=True, metadata={"help": "Keep oscillation statistics."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the weights' learning rate."})
     learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of the weights."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step, whatever logging_steps."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the weights' gradient norm; 0 does not."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not take."})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "As in DistributedDataParallel."})
@@ -75,6 +83,12 @@ class OscQATTrainingArguments(TrainingArguments):
                 "to whole weights. The models that this trains fit on one device; use DistributedDataParallel"
             )
         super().__post_init__()
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"got one process for {self.n_gpu} GPUs, expected one process each: transformers would choose "
+                "DataParallel, which cannot copy these layers. Use accelerate launch --multi_gpu, or set "
+                "CUDA_VISIBLE_DEVICES to one GPU"
+            )
 
 
 class PickleFreeTrainer(Trainer):
@@ -127,9 +141,10 @@ class OscQATTrainer(PickleFreeTrainer):
         self.tracker = OscillationTracker(model, momentum=config.momentum) if args.track_oscillations else None
         if self.tracker is None and self.remedies:
             raise ValueError("got track_oscillations=False with remedies in the config, which need the tracker")
-        self._remedy_losses: dict[str, torch.Tensor] = {}
+        self._remedy_losses: dict[str, Any] = {}
         self._loss_count = 0
         super().__init__(model=model, args=args, **kwargs)
+        self.add_callback(_LogLastStep)
         if self._reestimates and self.train_dataset is not None and not isinstance(self.train_dataset, Sized):
             raise ValueError(
                 "got a training dataset without a length, expected one that can be indexed: batch-norm re-estimation "
@@ -276,6 +291,16 @@ class OscQATTrainer(PickleFreeTrainer):
         scalars |= {name: float(total) / self._loss_count for name, total in self._remedy_losses.items()}
         self._remedy_losses, self._loss_count = {}, 0
         return scalars
+
+
+class _LogLastStep(TrainerCallback):
+    """However rarely a run logs, it says how it ended."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_log = control.should_log or state.global_step >= state.max_steps
+        return control
 
 
 def _constant(step: int) -> float:

@@ -70,7 +70,7 @@ class Freezing(Remedy):
         """Freeze what oscillates above the threshold."""
         threshold = self.threshold(step, total_steps)
         if threshold > 0:
-            tracker.freeze(threshold)
+            tracker.freeze(threshold, use_ema=self.settings.use_ema)
 
     def scalars(self, step: int, total_steps: int) -> dict[str, float]:
         """Return the threshold, for the log."""

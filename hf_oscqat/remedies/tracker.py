@@ -171,13 +171,19 @@ class OscillationTracker:
         if threshold > 0:
             self.freeze(threshold)
 
-    def freeze(self, threshold: float) -> None:
-        """Freeze every tracked weight whose frequency exceeds `threshold`; the second half of a tick."""
+    def freeze(self, threshold: float, *, use_ema: bool | None = None) -> None:
+        """Freeze every tracked weight whose frequency exceeds `threshold`; the second half of a tick.
+
+        Args:
+            threshold: oscillations per step, above 0.
+            use_ema: freeze at the rounded mean integer or at the present one; None takes the tracker's own choice.
+        """
+        use_ema = self.use_ema if use_ema is None else use_ema
         for layer in self.layers.values():
             quantizer = layer.weight_quantizer
             assert quantizer is not None
             oscillation_state(layer).freeze(
-                quantizer.allow_freezing(layer.latent_weight), threshold, self.momentum, use_ema=self.use_ema
+                quantizer.allow_freezing(layer.latent_weight), threshold, self.momentum, use_ema=use_ema
             )
             quantizer.has_frozen = True
 

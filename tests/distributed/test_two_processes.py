@@ -15,17 +15,30 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def test_run_qat_on_two_processes(tmp_path):
+def launch(script, *arguments, cwd):
+    """Run a script on two processes through the shipped configuration."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [
+    command = [
         sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", str(REPOSITORY / "training" / "accelerate" / "cpu_2proc.yaml"), "--main_process_port", "0",
+        str(script), *arguments,
     ]  # fmt: skip
-    script = [str(REPOSITORY / "training" / "run_qat.py"), *SETTINGS, "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run(
-        [*launch, *script], env=environment, capture_output=True, text=True, timeout=500, check=False, cwd=tmp_path
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_run_qat_on_two_processes(tmp_path):
+    launch(REPOSITORY / "training" / "run_qat.py", *SETTINGS, "--output_dir", str(tmp_path / "run"), cwd=tmp_path)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["run"]["processes"] == 2
     assert results["accuracy"]["packed"]["num_images"] == 30
+
+
+def test_both_ranks_end_with_the_same_weights_scales_statistics_and_frozen_integers(tmp_path):
+    launch(Path(__file__).with_name("train_and_report.py"), str(tmp_path), cwd=tmp_path)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["processes"] == 2
+    assert first["frozen"] > 0
+    assert {name for name in first["state"] if first["state"][name] != second["state"][name]} <= {
+        name for name in first["state"] if name.endswith("num_batches_tracked")
+    }

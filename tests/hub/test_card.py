@@ -45,6 +45,7 @@ RESULTS = {
     "run": {
         "command": "training/run_qat.py training/recipes/quickstart.yaml",
         "epochs": 10,
+        "steps": 230,
         "processes": 1,
         "device": "CPU, 2 threads",
         "seconds": 120.4,

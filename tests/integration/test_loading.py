@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from hf_oscqat import (
@@ -23,6 +24,7 @@ from hf_oscqat import (
     pack,
 )
 from hf_oscqat.checkpoint import digest
+from hf_oscqat.integration.modeling import check_all_loaded
 from hf_oscqat.integration.register import register
 from hf_oscqat.quantization.layers import quantized_layers, quantizers
 
@@ -232,6 +234,15 @@ class TestSize:
         assert (stem["bits"], stem["qmin"], stem["qmax"], stem["shape"]) == (8, -128, 127, [24, 3, 3, 3])
 
 
+def test_tensors_that_no_file_has_filled_are_named():
+    layer = nn.Linear(2, 2)
+    layer.bias._is_hf_initialized = True
+    with pytest.raises(CheckpointError, match="does not fill 1 tensors of the model: weight"):
+        check_all_loaded(layer)
+    layer.weight._is_hf_initialized = True
+    check_all_loaded(layer)
+
+
 def set_first(name, value):
     def spoil(tensors, content):
         tensors[name].view(-1)[0] = value
@@ -407,6 +418,15 @@ class TestTrainingForm:
         with torch.no_grad():
             features = model.timm_model.forward_features(pixel_values)
             assert torch.equal(again(pixel_values).last_hidden_state, features)
+
+    def test_model_without_head_needs_no_layer_for_the_patterns_of_the_head(
+        self, make_prepared_wrapper, pixel_values, tmp_path
+    ):
+        model = make_prepared_wrapper(overrides={"classifier": {"weight_bits": 6}}, **FAST)
+        model.save_pretrained(tmp_path)
+        with torch.no_grad():
+            features = AutoModel.from_pretrained(tmp_path).eval()(pixel_values).last_hidden_state
+            assert torch.equal(features, model.timm_model.forward_features(pixel_values))
 
     def test_frozen_weights_stay_frozen_while_their_latents_move(self, source):
         model, folder = source

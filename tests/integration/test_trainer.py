@@ -1,6 +1,7 @@
 """OscQATTrainer: when it ticks, what it logs, what it saves, and that a resumed run is the same run."""
 
 import copy
+import json
 import random
 
 import numpy as np
@@ -10,7 +11,15 @@ from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, TrainerCallback
 
-from hf_oscqat import OscQATConfig, OscQATTrainer, OscQATTrainingArguments, pack, prepare_qat, reestimate_batchnorm
+from hf_oscqat import (
+    CheckpointError,
+    OscQATConfig,
+    OscQATTrainer,
+    OscQATTrainingArguments,
+    pack,
+    prepare_qat,
+    reestimate_batchnorm,
+)
 from hf_oscqat.quantization.layers import quantizers
 from hf_oscqat.remedies.batchnorm import batchnorm_layers
 
@@ -218,6 +227,35 @@ def test_compiled_training_loses_what_eager_training_loses(make_trainer):
     for one, other in zip(logged(eager), logged(compiled), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
     assert compiled.tracker.frozen_fraction > 0
+
+
+def test_choice_of_the_frozen_integer_reaches_the_tracker(make_trainer, monkeypatch):
+    trainer = make_trainer({"freezing": {**FREEZING, "use_ema": False}}, max_steps=2)
+    choices = []
+    monkeypatch.setattr(trainer.tracker, "freeze", lambda threshold, use_ema: choices.append(use_ema))
+    trainer.train()
+    assert choices == [False, False]
+
+
+def test_first_and_last_step_are_logged_however_rarely_it_logs(make_trainer):
+    trainer = make_trainer(logging_steps=500)
+    trainer.train()
+    assert [entry["step"] for entry in logged(trainer)] == [1, 10]
+
+
+def test_one_process_on_several_gpus_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(OscQATTrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"one process for 2 GPUs, expected one process each.*--multi_gpu"):
+        OscQATTrainingArguments(output_dir=str(tmp_path))
+
+
+def test_checkpoint_with_quantizers_that_the_config_does_not_have_is_refused(make_prepared_wrapper, tmp_path):
+    make_prepared_wrapper().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = ["blocks.1*"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"got tensor 'timm_model.blocks.1.*describes no quantizer"):
+        AutoModelForImageClassification.from_pretrained(tmp_path)
 
 
 def test_a_float_model_is_refused(make_wrapper):

@@ -188,6 +188,12 @@ def test_half_precision_input_is_rounded_in_float32(dtype):
     assert not torch.equal((x / scale.to(dtype)).round().clamp(-128, 127).float(), to_int(x, scale, None, -128, 127))
 
 
+def test_scale_in_half_precision_does_not_make_the_rounding_so():
+    x = (torch.randn(4096) * 0.7).bfloat16()
+    scale = torch.tensor([0.0123], dtype=torch.bfloat16)
+    assert torch.equal(to_int(x, scale, None, -128, 127), to_int(x.float(), scale.float(), None, -128, 127))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_half_precision_input_are_summed_in_float32(dtype):
     x = (torch.randn(4096) * 0.7).to(dtype).requires_grad_()

@@ -215,11 +215,11 @@ class TestFreezing:
     def test_weight_freezes_at_its_rounded_mean_integer(self):
         model = one_layer(0)
         tracker = OscillationTracker(model, momentum=0.5)
-        # The mean starts at the integer of the first tick with a threshold, 4, and takes half of each later one.
-        # means before each tick: 4, 4, 2, 3; frequency: 0, 0, 0.5, 0.75
-        run(model, tracker, [(4,), (0,), (4,), (0,)], threshold=0.6)
-        assert model[0].weight_quantizer.frozen_int.tolist() == [[3]]
-        assert model[0].oscillation.mean_int.tolist() == [[1.5]]
+        # The mean starts at the integer of the first tick with a threshold, 5, and takes half of each later one.
+        # means before each tick: 5, 5, 2.5, 3.75; frequency: 0, 0, 0.5, 0.75
+        run(model, tracker, [(5,), (0,), (5,), (0,)], threshold=0.6)
+        assert model[0].weight_quantizer.frozen_int.tolist() == [[4]]
+        assert model[0].oscillation.mean_int.tolist() == [[1.875]]
 
     def test_weight_freezes_at_its_present_integer_without_the_mean(self):
         model = one_layer(0)

@@ -128,6 +128,35 @@ def test_training_goes_on_from_a_folder_in_training_form(finished, tmp_path):
     assert results["run"]["steps"] == 1
 
 
+def test_a_model_in_training_form_is_not_put_on_another_grid(finished, tmp_path):
+    model = ["--model_name_or_path", str(finished[0] / "qat"), "--output_dir", str(tmp_path / "more")]
+    with pytest.raises(ValueError, match="quantized already, with other settings of weight_bits; expected the same"):
+        main([*SETTINGS, *model, "--quantization.weight_bits", "4"])
+
+
+def test_what_continues_from_training_form_claims_no_float_accuracy(finished, tmp_path):
+    model = ["--model_name_or_path", str(finished[0] / "qat"), "--output_dir", str(tmp_path / "more")]
+    results = main([*SETTINGS, *model, "--max_steps", "1"])
+    assert (results["accuracy"]["float"], results["accuracy"]["rounded"]) == (None, None)
+    assert results["scheme"]["name"] == "W3A4"
+    assert results["bytes"]["float"] == finished[1]["bytes"]["float"]
+
+
+def test_channels_last_ends_in_a_checkpoint_with_equal_logits(tmp_path):
+    options = ["--model_name_or_path", "resnet10t", "--channels_last", "true", "--max_steps", "2"]
+    results = main([*SETTINGS, *options, "--output_dir", str(tmp_path / "run")])
+    assert results["packed_difference"] <= 1e-5
+
+
+def test_a_run_that_has_ended_is_shown_and_not_changed(tmp_path):
+    command = [*SETTINGS, "--max_steps", "3", "--output_dir", str(tmp_path / "run")]
+    first = main(command)
+    changed = (tmp_path / "run" / "results.json").stat().st_mtime_ns
+    assert main(command) == first
+    assert (tmp_path / "run" / "results.json").stat().st_mtime_ns == changed
+    assert not (tmp_path / "run" / "checkpoint-4").exists()
+
+
 def test_an_interrupted_run_continues_to_the_same_end(finished, tmp_path, monkeypatch):
     output_dir, results = finished
     command = [*SETTINGS, "--float_epochs", "1", "--output_dir", str(tmp_path / "broken")]

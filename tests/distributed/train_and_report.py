@@ -1,0 +1,54 @@
+"""Train a few steps and write what this process ended with; started by test_two_processes.py through accelerate."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from hf_oscqat import OscQATConfig, OscQATTrainer, OscQATTrainingArguments, calibrate, prepare_qat
+from hf_oscqat.checkpoint import digest
+from hf_oscqat.integration.models import timm_wrapper
+
+FREEZING = {"momentum": 0.1, "threshold": 0.1, "threshold_final": 0.1, "anneal_start": 0.0}
+
+
+class RandomImages(Dataset):
+    """Images of five classes, each a colour under noise that depends on the index alone."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        noise = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index))
+        return {"pixel_values": noise + index % 5, "labels": index % 5}
+
+
+def main(folder: Path) -> None:
+    images = RandomImages()
+    torch.manual_seed(0)
+    model = timm_wrapper("test_efficientnet", list("abcde"))
+    prepare_qat(model, OscQATConfig(freezing=FREEZING, batchnorm_reestimation_batches=2))
+    calibrate(model, [torch.stack([images[i]["pixel_values"] for i in range(8)])])
+    args = OscQATTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        max_steps=12,
+        learning_rate=0.05,
+        scale_learning_rate=1e-3,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = OscQATTrainer(model=model, args=args, train_dataset=images, eval_dataset=images)
+    trainer.train()
+    trainer.reestimate_batchnorm()
+    state = {name: digest(tensor) for name, tensor in trainer.model.state_dict().items()}
+    report = {"processes": args.world_size, "frozen": trainer.tracker.frozen_fraction, "state": state}
+    (folder / f"rank{args.process_index}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
