@@ -84,10 +84,11 @@ def _attach_what_was_saved(model: PreTrainedModel, files: Sequence[str], ignored
     Raises:
         CheckpointError: if the file has quantizers that the model, as config.json describes it, has not.
     """
-    names: set[str] = set()
+    shapes: dict[str, list[int]] = {}
     for path in files:
         with safe_open(path, "pt") as file:
-            names.update(file.keys())
+            shapes |= {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
+    names = shapes.keys()
     for name, layer in quantized_layers(model):
         # transformers must not initialise what it finds here: the weight is computed, and all else is in the file.
         layer._is_hf_initialized = True  # type: ignore[assignment]
@@ -95,7 +96,11 @@ def _attach_what_was_saved(model: PreTrainedModel, files: Sequence[str], ignored
             attach_oscillation_state(layer, count_total=f"{name}.oscillation.total" in names)
         if f"{name}.weight_quantizer.frozen_int" in names and layer.weight_quantizer is not None:
             layer.weight_quantizer.allow_freezing(layer.latent_weight)
-    expected = model.state_dict().keys()
+    state = model.state_dict()
+    for name in names & state.keys():
+        if shapes[name] != list(state[name].shape):
+            raise CheckpointError(f"got tensor {name!r} of shape {shapes[name]}, expected {list(state[name].shape)}")
+    expected = state.keys()
     ours = (".weight_quantizer.", ".input_quantizer.", ".oscillation.")
     unknown = [name for name in names - expected if not name.startswith(ignored or "\0")]
     extra = sorted(name for name in unknown if any(part in name for part in ours))
