@@ -99,7 +99,7 @@ def check_checkpoint(
 
 
 def _is_under(name: str, prefixes: tuple[str, ...]) -> bool:
-    return f"{name}.".startswith(prefixes) if prefixes else False
+    return f"{name}.".startswith(prefixes)
 
 
 def _listed(names: list[str]) -> str:

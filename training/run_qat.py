@@ -346,7 +346,6 @@ def _results(
     training, model = settings.training, trainer.model
     log = [entry for entry in trainer.state.log_history if "oscillating_percent" in entry]
     pretrained_cfg = model.config.pretrained_cfg
-    started_from_weights = settings.model.pretrained or not settings.run.float_epochs
     scheme = describe_scheme(trainer.oscqat_config)
     results = {
         "model": {
@@ -356,7 +355,7 @@ def _results(
             "origin": _origin(settings),
             "base_model": pretrained_cfg.get("hf_hub_id") if settings.model.pretrained else None,
             "license": settings.run.model_license
-            or (pretrained_cfg.get("license") if started_from_weights and settings.model.pretrained else None),
+            or (pretrained_cfg.get("license") if settings.model.pretrained else None),
         },
         "scheme": scheme,
         "data": {

@@ -113,7 +113,7 @@ class PackedQuantizer(HfQuantizer):
         headless = ignore_head(model)
         modules = dict(model.named_modules())
         for name, data in layers.items():
-            if not f"{name}.".startswith(headless or ("\0",)):
+            if not f"{name}.".startswith(headless):
                 if not isinstance(getattr(modules.get(name), "weight", None), Tensor):
                     raise CheckpointError(f"got layer {name!r} in config.json, which the model does not have")
                 try:

@@ -609,7 +609,7 @@ def check_checkpoint(
 
 
 def _is_under(name: str, prefixes: tuple[str, ...]) -> bool:
-    return f"{name}.".startswith(prefixes) if prefixes else False
+    return f"{name}.".startswith(prefixes)
 
 
 def _listed(names: list[str]) -> str:
@@ -781,7 +781,7 @@ class PackedQuantizer(HfQuantizer):
         headless = ignore_head(model)
         modules = dict(model.named_modules())
         for name, data in layers.items():
-            if not f"{name}.".startswith(headless or ("\0",)):
+            if not f"{name}.".startswith(headless):
                 if not isinstance(getattr(modules.get(name), "weight", None), Tensor):
                     raise CheckpointError(f"got layer {name!r} in config.json, which the model does not have")
                 try:

@@ -102,7 +102,7 @@ def _attach_what_was_saved(model: PreTrainedModel, files: Sequence[str], ignored
             raise CheckpointError(f"got tensor {name!r} of shape {shapes[name]}, expected {list(state[name].shape)}")
     expected = state.keys()
     ours = (".weight_quantizer.", ".input_quantizer.", ".oscillation.")
-    unknown = [name for name in names - expected if not name.startswith(ignored or "\0")]
+    unknown = [name for name in names - expected if not name.startswith(ignored)]
     extra = sorted(name for name in unknown if any(part in name for part in ours))
     if extra:
         raise CheckpointError(

@@ -118,6 +118,8 @@ class OscillationTracker:
 
         tracker.tick(threshold)
 
+    Make it before loading a state dict of a model that was tracked: its statistics and frozen integers are part of it.
+
     Args:
         model: a model that `prepare_qat` has prepared. Its layers receive the state (or keep what they have).
         momentum: EMA step of the frequency and of the mean integer, in (0, 1]; memory is about 1/momentum steps.
@@ -229,6 +231,7 @@ class OscillationTracker:
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise ValueError(f"got {name} of shape {list(state[name].shape)}, expected {list(tensor.shape)}")
+        for name, tensor in own.items():
             tensor.copy_(state[name])
         for layer in self.layers.values():
             oscillation_state(layer).refresh()
