@@ -238,10 +238,20 @@ def describe(model: nn.Module) -> list[LayerDescription]:
     """List every layer and every other parameter of two or more dimensions, with its widths.
 
     Args:
-        model: any model; in one that is not prepared everything is float.
+        model: any model, float, prepared or packed; in one that is neither prepared nor packed everything is float.
     """
     rows = []
     for name, module in model.named_modules():
+        if isinstance(module, PackedLayer) and module.format.weight is not None:
+            rows.append(
+                LayerDescription(
+                    short_name(name),
+                    type(module).__name__.removeprefix("Packed"),
+                    module.format.weight.shape,
+                    module.format.weight.bits,
+                    module.format.input.bits if module.format.input else None,
+                )
+            )
         for parameter_name, parameter in module.named_parameters(recurse=False):
             quantized = isinstance(module, QuantizedLayer) and parameter_name == "weight"
             if parameter.ndim < 2 and not quantized:

@@ -689,6 +689,8 @@ def _check_values(name: str, tensor: Tensor, sha256: Any, layers: Mapping[str, A
 # --- hf_oscqat.integration.modeling
 REMOTE_CODE = "modeling_oscqat"
 PACKED_METHOD = "oscqat"
+ALIGNMENT = 64
+"""Bytes to which torch aligns the memory it allocates."""
 
 
 class OscQATTimmConfig(TimmWrapperConfig):
@@ -795,6 +797,10 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_all_loaded(model)
+        for parameter in model.parameters():
+            # Mapped from the file, it may begin anywhere; torch would then sum in another order than in training.
+            if parameter.data_ptr() % ALIGNMENT:
+                parameter.data = parameter.data.clone()
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:

@@ -14,6 +14,7 @@ from hf_oscqat import (
     OscQATTimmForImageClassification,
     OscQATTimmModel,
     calibrate,
+    describe,
     model_parameters,
     pack,
     prepare_qat,
@@ -206,6 +207,11 @@ class TestResult:
     def test_of_a_wrapper_computes_the_same_logits(self, make_prepared_wrapper, pixel_values):
         model = make_prepared_wrapper(activation_scheme="asymmetric", range_estimator="minmax")
         assert torch.equal(pack(model)(pixel_values).logits, model(pixel_values).logits)
+
+
+def test_description_of_a_packed_model_is_that_of_its_training_form(make_prepared):
+    model = make_prepared(overrides={"dw": {"activation_bits": None}})
+    assert describe(pack(model)) == describe(model)
 
 
 class TestErrors:
