@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_oscqat.quantization.functional import GRADIENT_ESTIMATORS
+from hf_oscqat.quantization.gradient_estimators import GRADIENT_ESTIMATORS, GradientEstimator, make_gradient_estimator
 from hf_oscqat.quantization.range_estimators import RANGE_ESTIMATORS
 from hf_oscqat.remedies import REMEDIES, Remedy
 
@@ -64,7 +64,11 @@ class OscQATConfig(QuantizationConfigMixin):
             names without `timm_model.`, later ones win, and they win over `first_last_bits`.
         modules_to_not_convert: patterns of layers that stay float altogether.
         range_estimator: initial ranges, one of `"mse"`, `"minmax"`, `"running_minmax"`, `"percentile"`.
-        gradient_estimator: how a gradient passes through rounding; `"ste"`.
+        gradient_estimator: how a gradient passes through rounding: `"ste"`, `"ewgs"`, `"stacked_sigmoid"`, `"dsq"`,
+            `"psg"`, `"stochastic_rounding"` or `"additive_noise"`.
+        gradient_estimator_args: its settings, such as `{"scaling_factor": 0.2}`; see
+            `hf_oscqat.quantization.gradient_estimators`.
+        scale_domain: learn each scale itself, `"linear"`, or its logarithm, `"log"`.
         lsq_gradient_scaling: scale the gradients of scales as LSQ does; the published method does not.
         tracker_momentum: EMA step of oscillation frequencies, in (0, 1], where no remedy brings its own.
         batchnorm_reestimation_batches: training batches for re-estimating batch-norm statistics before each
@@ -74,6 +78,8 @@ class OscQATConfig(QuantizationConfigMixin):
         layers: per-layer grids of a packed checkpoint. Written by `pack`.
         dampening: None, or settings of oscillation dampening (`DampeningSettings` or a dict of its arguments).
         freezing: None, or settings of iterative freezing (`FreezingSettings` or a dict of its arguments).
+        bin_regularization: None, or settings of bin regularization (`BinRegularizationSettings` or a dict of its
+            arguments).
 
     Raises:
         ValueError: for a bad value or an unknown key; the message says what was got, what is expected and what to do.
@@ -90,6 +96,8 @@ class OscQATConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] = field(default_factory=list)
     range_estimator: str = "mse"
     gradient_estimator: str = "ste"
+    gradient_estimator_args: dict[str, Any] = field(default_factory=dict)
+    scale_domain: str = "linear"
     lsq_gradient_scaling: bool = False
     tracker_momentum: float = 0.001
     batchnorm_reestimation_batches: int = 50
@@ -105,7 +113,12 @@ class OscQATConfig(QuantizationConfigMixin):
         _check_choice("weight_scheme", self.weight_scheme, ("symmetric", "asymmetric"))
         _check_choice("activation_scheme", self.activation_scheme, ("symmetric", "asymmetric"))
         _check_choice("range_estimator", self.range_estimator, tuple(RANGE_ESTIMATORS))
-        _check_choice("gradient_estimator", self.gradient_estimator, GRADIENT_ESTIMATORS)
+        _check_choice("gradient_estimator", self.gradient_estimator, tuple(GRADIENT_ESTIMATORS))
+        _check_choice("scale_domain", self.scale_domain, ("linear", "log"))
+        args = self.gradient_estimator_args = self.gradient_estimator_args or {}
+        if not isinstance(args, Mapping):
+            raise ValueError(f"got gradient_estimator_args={args!r}, expected a mapping of the estimator's arguments")
+        self.make_gradient_estimator()
         _check_choice("checkpoint_format", self.checkpoint_format, ("qat", "packed"))
         self.overrides = _overrides({} if self.overrides is None else self.overrides)
         if not isinstance(self.lsq_gradient_scaling, bool):
@@ -131,6 +144,10 @@ class OscQATConfig(QuantizationConfigMixin):
     def valid_keys(cls) -> list[str]:
         """Names that the constructor takes."""
         return [f.name for f in fields(cls) if f.init] + list(REMEDIES)
+
+    def make_gradient_estimator(self) -> GradientEstimator:
+        """Return the gradient estimator with its settings."""
+        return make_gradient_estimator(self.gradient_estimator, self.gradient_estimator_args)
 
     def remedies(self) -> list[Remedy]:
         """Return the remedies that are switched on, ready to act on training."""

@@ -16,6 +16,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from hf_oscqat.config import QUANT_METHOD, OscQATConfig
 from hf_oscqat.quantization.functional import output_axis
+from hf_oscqat.quantization.gradient_estimators import STRAIGHT_THROUGH
 from hf_oscqat.quantization.layers import (
     QUANTIZABLE,
     QuantizedLayer,
@@ -24,7 +25,7 @@ from hf_oscqat.quantization.layers import (
     quantizers,
 )
 from hf_oscqat.quantization.packed import PackedLayer
-from hf_oscqat.quantization.quantizer import Quantizer
+from hf_oscqat.quantization.quantizer import LogScaleQuantizer, Quantizer
 from hf_oscqat.quantization.range_estimators import RANGE_ESTIMATORS, RangeEstimator
 from hf_oscqat.remedies.batchnorm import Batch, forward_batch
 
@@ -337,9 +338,10 @@ def _first_and_last(model: nn.Module, candidates: dict[str, nn.Module]) -> tuple
 def _new_quantizers(plan: LayerPlan, config: OscQATConfig) -> tuple[Quantizer | None, Quantizer | None]:
     """Make the quantizers of one layer, that of the weight with its range."""
     weight: Tensor = plan.layer.weight  # type: ignore[assignment]
+    cls = LogScaleQuantizer if config.scale_domain == "log" else Quantizer
+    estimator = config.make_gradient_estimator()
     common: dict[str, Any] = {
         "range_estimator": config.range_estimator,
-        "gradient_estimator": config.gradient_estimator,
         "lsq_gradient_scaling": config.lsq_gradient_scaling,
         "device": weight.device,
         "dtype": torch.promote_types(weight.dtype, torch.float32),
@@ -347,8 +349,9 @@ def _new_quantizers(plan: LayerPlan, config: OscQATConfig) -> tuple[Quantizer | 
     weight_quantizer = input_quantizer = None
     if plan.weight_bits is not None:
         axis = output_axis(plan.layer)
-        weight_quantizer = Quantizer(
+        weight_quantizer = cls(
             plan.weight_bits,
+            gradient_estimator=estimator,
             symmetric=config.weight_scheme == "symmetric",
             signed=True,
             channels=weight.shape[axis] if config.weight_granularity == "per_channel" else None,
@@ -360,7 +363,12 @@ def _new_quantizers(plan: LayerPlan, config: OscQATConfig) -> tuple[Quantizer | 
                 scale, zero_point, _ = _weight_estimator(weight_quantizer, weight).finish()
             weight_quantizer.set_range(scale, zero_point)
     if plan.input_bits is not None:
-        input_quantizer = Quantizer(plan.input_bits, symmetric=config.activation_scheme == "symmetric", **common)
+        input_quantizer = cls(
+            plan.input_bits,
+            gradient_estimator=estimator if estimator.for_inputs else STRAIGHT_THROUGH,
+            symmetric=config.activation_scheme == "symmetric",
+            **common,
+        )
     return weight_quantizer, input_quantizer
 
 

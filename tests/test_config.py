@@ -42,6 +42,8 @@ BAD_VALUES = [
     ("range_estimator", "mean"),
     ("range_estimator", None),
     ("gradient_estimator", "straight"),
+    ("gradient_estimator_args", [1.0]),
+    ("scale_domain", "natural"),
     ("checkpoint_format", "safetensors"),
     *(("tracker_momentum", value) for value in (0, -0.1, 1.5, float("nan"), "fast", None)),
     *(("batchnorm_reestimation_batches", value) for value in (-1, 2.5, "50", None, True)),

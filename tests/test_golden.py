@@ -27,6 +27,7 @@ from hf_oscqat import (
     reestimate_batchnorm,
 )
 from hf_oscqat.quantization.functional import lsq_gradient_scale, to_int
+from hf_oscqat.quantization.gradient_estimators import make_gradient_estimator
 from hf_oscqat.quantization.layers import quantized_layers
 from hf_oscqat.quantization.quantizer import Quantizer
 from hf_oscqat.quantization.range_estimators import MSE, RunningMinMax
@@ -57,7 +58,7 @@ def cases_of(kind: str) -> list[Any]:
 
 
 def test_folder_has_every_kind():
-    for kind in ("fake_quantize", "range_estimators", "oscillation_tracker", "trajectory"):
+    for kind in ("fake_quantize", "gradient_estimators", "range_estimators", "oscillation_tracker", "trajectory"):
         assert cases_of(kind), f"no {kind}*.safetensors in {GOLDEN_DIR}"
 
 
@@ -77,6 +78,18 @@ def test_fake_quantize(case, golden):
         torch.testing.assert_close(
             value.detach(), golden[name], rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize(("case", "golden"), cases_of("gradient_estimators"))
+def test_gradient_estimators(case, golden):
+    names = {"scaling_factor": "ewgs", "alpha": "stacked_sigmoid"}
+    settings = {key: case[key] for key in names if key in case}
+    estimator = make_gradient_estimator(next((names[key] for key in settings), "ste"), settings)
+    x = golden["x"].requires_grad_()
+    y = fake_quantize(x, torch.ones(1, dtype=x.dtype), None, -128, 127, gradient_estimator=estimator)
+    y.backward(golden["grad_output"])
+    for name, value in {"y": y.detach(), "grad_x": x.grad}.items():
+        torch.testing.assert_close(value, golden[name], rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(("case", "golden"), cases_of("range_estimators"))

@@ -5,7 +5,8 @@ It needs torch, timm, transformers and safetensors, and nothing else. With `impo
 
 # ruff: noqa
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from math import prod
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
@@ -15,18 +16,272 @@ from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImage
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 import base64
 import hashlib
 import json
+import math
 import os
 import torch
 import torch.nn.functional as F
 
-# --- hf_oscqat.quantization.functional
-GRADIENT_ESTIMATORS = ("ste",)
+# --- hf_oscqat.quantization.gradient_estimators
+@dataclass(frozen=True)
+class GradientEstimator:
+    """The straight-through estimator: rounding has slope 1.
+
+    Formula: `dL/du = g`, for an upstream gradient g with respect to the rounded value.
+
+    Source: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons" (arXiv 1308.3432).
+
+    Attributes:
+        name: its key in `GRADIENT_ESTIMATORS` and in the config.
+        for_inputs: whether it is used for the inputs of layers too; otherwise those are straight-through.
+    """
+
+    name: ClassVar[str] = "ste"
+    for_inputs: ClassVar[bool] = True
+
+    def noise(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Draw what a random estimator needs for one forward pass, shaped like `x`; None for the others."""
+        return None
+
+    def round(self, u: Tensor, noise: Tensor | None) -> Tensor:
+        """Round `u`, given in grid units."""
+        return u.round()
+
+    def slope(self, residual: Tensor, grad: Tensor, levels: int) -> Tensor | None:
+        """Slope in place of that of rounding.
+
+        Args:
+            residual: `u - round(u)`, in [-0.5, 0.5].
+            grad: upstream gradient with respect to the real value, same shape.
+            levels: steps of the grid, `qmax - qmin`.
+
+        Returns:
+            A factor on the gradient, same shape; None for 1.
+        """
+        return None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether training rounds at random; evaluation, tracking and packing never do."""
+        return type(self).noise is not GradientEstimator.noise
+
+
+@dataclass(frozen=True)
+class EWGS(GradientEstimator):
+    """Element-wise gradient scaling: larger where the step would lead away from the integer.
+
+    Formula: `dL/du = g * (1 + delta * sign(g) * (u - round(u)))`.
+
+    Units: the paper normalises values to [0, 1] before it rounds, so that neighbouring levels are `1 / (2**bits - 1)`
+    apart. Its delta is `(2**bits - 1)` times that of grid units: `delta_grid = delta_unit / (2**bits - 1)`. With
+    `units="unit_interval"` the paper's number is taken and converted here. The paper also re-estimates delta from the
+    Hessian each epoch; here it is fixed, which the paper offers too (1e-3, unit interval).
+
+    Args:
+        scaling_factor: delta, at least 0; the default is that of the published code of Nagel et al., in grid units.
+        units: "integer" (grid units) or "unit_interval".
+
+    Raises:
+        ValueError: if a value is out of range.
+
+    Source: Lee et al., "Network Quantization with Element-wise Gradient Scaling" (CVPR 2021), eq. 5.
+    """
+
+    name = "ewgs"
+    scaling_factor: float = 0.2
+    units: str = "integer"
+
+    def __post_init__(self) -> None:
+        _check_number("ewgs scaling_factor", self.scaling_factor, minimum=0)
+        if self.units not in ("integer", "unit_interval"):
+            raise ValueError(f"got ewgs units={self.units!r}, expected 'integer' or 'unit_interval'")
+
+    def slope(self, residual: Tensor, grad: Tensor, levels: int) -> Tensor:
+        """See the class."""
+        delta = self.scaling_factor if self.units == "integer" else self.scaling_factor / levels
+        return 1 + delta * grad.sign() * residual
+
+
+@dataclass(frozen=True)
+class StackedSigmoid(GradientEstimator):
+    """The slope of a staircase of sigmoids, each scaled to lead exactly from one integer to the next.
+
+    Formula: with `t = u - floor(u)` and the logistic function S,
+    `slope = a * S'(a * (t - 1/2)) / (S(a / 2) - S(-a / 2))`; its mean over a bin is 1.
+
+    Args:
+        alpha: steepness a, not 0; its sign does not matter. Near 0 it is the straight-through estimator.
+
+    Raises:
+        ValueError: if `alpha` is 0 or not finite.
+
+    Source: published code of Nagel et al. (ICML 2022), whose default is 1. It is `dsq` with k = a / 2.
+    """
+
+    name = "stacked_sigmoid"
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_number("stacked_sigmoid alpha", self.alpha)
+        if self.alpha == 0:
+            raise ValueError("got stacked_sigmoid alpha=0, expected another number: use 'ste' for a slope of 1")
+
+    def slope(self, residual: Tensor, grad: Tensor, levels: int) -> Tensor:
+        """See the class."""
+        return _staircase_slope(residual, abs(self.alpha) / 2)
+
+
+@dataclass(frozen=True)
+class DSQ(GradientEstimator):
+    """Differentiable soft quantization: the slope of a staircase of hyperbolic tangents; forward rounds.
+
+    Formula: with `t = u - floor(u)`, `phi(t) = tanh(k * (t - 1/2)) / tanh(k / 2)` leads from -1 to 1 across a bin, and
+    `slope = phi'(t) / 2 = k / (2 * tanh(k / 2)) / cosh(k * (t - 1/2))**2`.
+
+    Args:
+        k: steepness in grid units, above 0. The paper's alpha gives `k = log(2 / alpha - 1)`; the default is that of
+            alpha = 0.2. The paper learns alpha and the clipping range; here k is fixed and the scale is learned.
+
+    Raises:
+        ValueError: if `k` is not positive and finite.
+
+    Source: Gong et al., "Differentiable Soft Quantization" (ICCV 2019), sec. 3.2.
+    """
+
+    name = "dsq"
+    k: float = math.log(9.0)
+
+    def __post_init__(self) -> None:
+        _check_number("dsq k", self.k, minimum=0)
+        if self.k == 0:
+            raise ValueError("got dsq k=0, expected a positive number: use 'ste' for a slope of 1")
+
+    def slope(self, residual: Tensor, grad: Tensor, levels: int) -> Tensor:
+        """See the class."""
+        return _staircase_slope(residual, self.k)
+
+
+@dataclass(frozen=True)
+class PSG(GradientEstimator):
+    """Position-based scaled gradient: the smaller, the nearer a weight is to its integer.
+
+    Formula: `slope = strength * (|u - round(u)| + epsilon)`.
+
+    Units: the paper measures the distance in weight units, with a factor lambda_s: `strength = lambda_s * scale`. The
+    default gives a mean slope of 1 over a bin. The paper uses it in float training, before rounding; here, as in
+    comparisons with it, forward rounds. Used for weights only, since inputs are not what is trained.
+
+    Args:
+        strength: factor, above 0.
+        epsilon: what is left of the gradient of a weight exactly on an integer, at least 0, in grid units.
+
+    Raises:
+        ValueError: if a value is out of range.
+
+    Source: Kim et al., "Position-based Scaled Gradient for Model Quantization and Pruning" (NeurIPS 2020), sec. 3.
+    """
+
+    name = "psg"
+    for_inputs = False
+    strength: float = 4.0
+    epsilon: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_number("psg strength", self.strength, minimum=0)
+        _check_number("psg epsilon", self.epsilon, minimum=0)
+        if self.strength == 0:
+            raise ValueError("got psg strength=0, expected a positive number: nothing would be trained")
+
+    def slope(self, residual: Tensor, grad: Tensor, levels: int) -> Tensor:
+        """See the class."""
+        return self.strength * (residual.abs() + self.epsilon)
+
+
+@dataclass(frozen=True)
+class StochasticRounding(GradientEstimator):
+    """Round up with the probability of the remainder while training; straight-through gradient.
+
+    Formula: `floor(u + xi)` with xi uniform in [0, 1), so that its mean is u; slope 1.
+
+    Source: Gupta et al., "Deep Learning with Limited Numerical Precision" (ICML 2015), sec. 3.1.
+    """
+
+    name = "stochastic_rounding"
+
+    def noise(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Draw xi."""
+        return torch.rand_like(x, dtype=dtype)
+
+    def round(self, u: Tensor, noise: Tensor | None) -> Tensor:
+        """Round up or down at random."""
+        return u.round() if noise is None else (u + noise).floor()
+
+
+@dataclass(frozen=True)
+class AdditiveNoise(GradientEstimator):
+    """Add what rounding would, as noise, instead of rounding while training; the gradient is exact.
+
+    Formula: `u + xi` with xi uniform in [-0.5, 0.5); slope 1. The range still clamps.
+
+    Source: Defossez et al., "Differentiable Model Compression via Pseudo Quantization Noise" (TMLR 2022), eq. 4.
+    """
+
+    name = "additive_noise"
+
+    def noise(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Draw xi."""
+        return torch.rand_like(x, dtype=dtype) - 0.5
+
+    def round(self, u: Tensor, noise: Tensor | None) -> Tensor:
+        """Add the noise."""
+        return u.round() if noise is None else u + noise
+
+
+GRADIENT_ESTIMATORS: dict[str, type[GradientEstimator]] = {
+    estimator.name: estimator
+    for estimator in (GradientEstimator, EWGS, StackedSigmoid, DSQ, PSG, StochasticRounding, AdditiveNoise)
+}
 """Names that `gradient_estimator` takes: how a gradient passes through the rounding."""
 
+STRAIGHT_THROUGH = GradientEstimator()
+
+
+def make_gradient_estimator(name: str, args: Mapping[str, Any] | None = None) -> GradientEstimator:
+    """Make an estimator from its name and arguments.
+
+    Raises:
+        ValueError: if the name or an argument is unknown, or a value out of range; valid ones are listed.
+    """
+    if name not in GRADIENT_ESTIMATORS:
+        raise ValueError(f"got gradient_estimator={name!r}, expected one of {', '.join(GRADIENT_ESTIMATORS)}")
+    cls = GRADIENT_ESTIMATORS[name]
+    if not args:
+        return cls()
+    valid = [f.name for f in fields(cls)]
+    for key in args:
+        if key not in valid:
+            raise ValueError(
+                f"got argument {key!r} for gradient_estimator={name!r}, expected {', '.join(valid) or 'none'}"
+            )
+    return cls(**args)
+
+
+def _staircase_slope(residual: Tensor, k: float) -> Tensor:
+    from_threshold = 0.5 - residual.abs()
+    return k / (2 * math.tanh(k / 2)) / torch.cosh(k * from_threshold).square()
+
+
+def _check_number(name: str, value: Any, minimum: float = -math.inf) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and value >= minimum):
+        bound = "" if minimum == -math.inf else f" of at least {minimum:g}"
+        raise ValueError(f"got {name}={value!r}, expected a finite number{bound}")
+
+
+# --- hf_oscqat.quantization.functional
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -110,14 +365,27 @@ def to_int(
         Whole numbers in `[qmin, qmax]`, shaped like `x`, float32 or wider. No gradient.
     """
     with torch.no_grad():
-        dtype = _compute_dtype(x, scale)
-        x_int = (x.to(dtype) / broadcast_to_axis(scale.to(dtype), x.ndim, axis)).round_()
-        if zero_point is not None:
-            x_int += _grid_zero(broadcast_to_axis(zero_point.to(dtype), x.ndim, axis), qmin, qmax)
-        x_int.clamp_(qmin, qmax)
-        if frozen_int is not None:
-            x_int = torch.where(is_frozen(frozen_int), frozen_int.to(dtype), x_int)
-        return x_int
+        return _round_to_grid(x, scale, zero_point, qmin, qmax, axis, frozen_int, torch.round_)
+
+
+def _round_to_grid(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    axis: int,
+    frozen_int: Tensor | None,
+    rounding: Callable[[Tensor], Tensor],
+) -> Tensor:
+    dtype = _compute_dtype(x, scale)
+    x_int = rounding(x.to(dtype) / broadcast_to_axis(scale.to(dtype), x.ndim, axis))
+    if zero_point is not None:
+        x_int += _grid_zero(broadcast_to_axis(zero_point.to(dtype), x.ndim, axis), qmin, qmax)
+    x_int.clamp_(qmin, qmax)
+    if frozen_int is not None:
+        x_int = torch.where(is_frozen(frozen_int), frozen_int.to(dtype), x_int)
+    return x_int
 
 
 def fake_quantize(
@@ -130,19 +398,22 @@ def fake_quantize(
     axis: int = 0,
     frozen_int: Tensor | None = None,
     gradient_scale: float = 1.0,
-    gradient_estimator: str = "ste",
+    gradient_estimator: str | GradientEstimator = STRAIGHT_THROUGH,
 ) -> Tensor:
     """Round `x` to a grid and back to real values; differentiable in `x`, `scale` and `zero_point`.
 
-    With `w_int = to_int(x)` and `zero_point` z, forward is `scale * (w_int - z)`. For an upstream gradient g:
+    With `w_int = to_int(x)`, `u = x / s` and `zero_point` z, forward is `s * (w_int - z)`. For an upstream gradient g
+    and the estimator's slope k of rounding (1 for the straight-through one):
 
     ===================  ===========  =======================  ==============
     value                d/dx         d/dscale                 d/dzero_point
     ===================  ===========  =======================  ==============
-    inside the grid      g            g * (round(x/s) - x/s)   0
-    clamped              0            g * (w_int - z)          -g * scale
-    frozen               0            g * (w_int - z)          -g * scale
+    inside the grid      g * k        g * (round(u) - k * u)   0
+    clamped              0            g * (w_int - z)          -g * s
+    frozen               0            g * (w_int - z)          -g * s
     ===================  ===========  =======================  ==============
+
+    A random estimator has its own `round(u)`, drawn anew in each call from torch's generator.
 
     Args:
         x: values, any shape and floating dtype; rounding happens in float32 or wider.
@@ -153,7 +424,7 @@ def fake_quantize(
         axis: channel dimension of `x`, used where `scale` has one value per channel.
         frozen_int: integers of frozen weights, with `live_sentinel` elsewhere; None if nothing is frozen.
         gradient_scale: factor on the gradients of `scale` and `zero_point`; `lsq_gradient_scale` gives LSQ's.
-        gradient_estimator: one of `GRADIENT_ESTIMATORS`.
+        gradient_estimator: one of `GRADIENT_ESTIMATORS`, by name or as an object with settings of its own.
 
     Returns:
         Tensor shaped and typed like `x`.
@@ -163,11 +434,12 @@ def fake_quantize(
 
     Source: Esser et al. (ICLR 2020), eq. 2 to 4; freezing from Nagel et al. (ICML 2022), sec. 4.2.
     """
-    if gradient_estimator not in GRADIENT_ESTIMATORS:
-        raise ValueError(
-            f"got gradient_estimator={gradient_estimator!r}, expected one of {', '.join(GRADIENT_ESTIMATORS)}"
-        )
-    return _FakeQuantize.apply(x, scale, zero_point, frozen_int, qmin, qmax, axis, gradient_scale)
+    if isinstance(gradient_estimator, str):
+        gradient_estimator = make_gradient_estimator(gradient_estimator)
+    noise = gradient_estimator.noise(x, _compute_dtype(x, scale))
+    return _FakeQuantize.apply(
+        x, scale, zero_point, frozen_int, noise, qmin, qmax, axis, gradient_scale, gradient_estimator
+    )
 
 
 def lsq_gradient_scale(x: Tensor, scale: Tensor, qmax: int) -> float:
@@ -176,7 +448,7 @@ def lsq_gradient_scale(x: Tensor, scale: Tensor, qmax: int) -> float:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Keeps `x` alone for backward; everything else is recomputed, which is cheaper than reading it back."""
+    """Keeps `x`, and noise if any, for backward; the rest is recomputed, which is cheaper than reading it back."""
 
     @staticmethod
     def forward(
@@ -184,25 +456,28 @@ class _FakeQuantize(torch.autograd.Function):
         scale: Tensor,
         zero_point: Tensor | None,
         frozen_int: Tensor | None,
+        noise: Tensor | None,
         qmin: int,
         qmax: int,
         axis: int,
         gradient_scale: float,
+        estimator: GradientEstimator,
     ) -> Tensor:
-        x_int = to_int(x, scale, zero_point, qmin, qmax, axis=axis, frozen_int=frozen_int)
+        rounding = torch.round_ if noise is None else partial(estimator.round, noise=noise)
+        x_int = _round_to_grid(x, scale, zero_point, qmin, qmax, axis, frozen_int, rounding)
         if zero_point is not None:
             x_int = x_int - _grid_zero(broadcast_to_axis(zero_point.to(x_int.dtype), x.ndim, axis), qmin, qmax)
         return (x_int * broadcast_to_axis(scale.to(x_int.dtype), x.ndim, axis)).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, zero_point, frozen_int, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale = inputs
-        ctx.save_for_backward(x, scale, zero_point, frozen_int)
+        *tensors, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale, ctx.estimator = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, zero_point, frozen_int = ctx.saved_tensors
+        x, scale, zero_point, frozen_int, noise = ctx.saved_tensors
         dtype = _compute_dtype(x, scale)
         s = broadcast_to_axis(scale.to(dtype), x.ndim, ctx.axis)
         z = None if zero_point is None else broadcast_to_axis(zero_point.to(dtype), x.ndim, ctx.axis)
@@ -210,7 +485,8 @@ class _FakeQuantize(torch.autograd.Function):
         grad = grad_output.to(dtype)
 
         u = x.to(dtype) / s
-        rounded = u.round()
+        rounded = ctx.estimator.round(u, noise)
+        slope = ctx.estimator.slope(u - rounded, grad, ctx.qmax - ctx.qmin)
         w_int = (rounded + z_int).clamp(ctx.qmin, ctx.qmax)
         passes = w_int == rounded + z_int
         if frozen_int is not None:
@@ -220,15 +496,15 @@ class _FakeQuantize(torch.autograd.Function):
 
         grad_x = grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.where(passes, grad, 0.0).to(x.dtype)
+            grad_x = torch.where(passes, grad if slope is None else grad * slope, 0.0).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            per_value = grad * torch.where(passes, rounded - u, w_int - z_int)
+            per_value = grad * torch.where(passes, rounded - (u if slope is None else slope * u), w_int - z_int)
             grad_scale = _sum_like(per_value, s, scale) * ctx.gradient_scale
         if z is not None and ctx.needs_input_grad[2]:
             zero_on_grid = (z.round() >= ctx.qmin) & (z.round() <= ctx.qmax)
             per_value = torch.where(~passes & zero_on_grid, -grad * s, 0.0)
             grad_zero_point = _sum_like(per_value, s, zero_point) * ctx.gradient_scale
-        return grad_x, grad_scale, grad_zero_point, None, None, None, None, None
+        return grad_x, grad_scale, grad_zero_point, None, None, None, None, None, None, None
 
 
 def _sum_like(per_value: Tensor, broadcast: Tensor, parameter: Tensor) -> Tensor:

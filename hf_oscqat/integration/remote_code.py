@@ -9,6 +9,7 @@ import importlib.util
 from pathlib import Path
 
 MODULES = (
+    "hf_oscqat.quantization.gradient_estimators",
     "hf_oscqat.quantization.functional",
     "hf_oscqat.quantization.packing",
     "hf_oscqat.quantization.packed",

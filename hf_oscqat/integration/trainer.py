@@ -163,7 +163,7 @@ class OscQATTrainer(PickleFreeTrainer):
             optimizer = create_optimizer(
                 self._weight_groups(),
                 quantizer_parameters(self.model),
-                [quantizer.scale for _, quantizer in quantizers(self.model)],
+                [q.scale for _, q in quantizers(self.model) if isinstance(q.scale, nn.Parameter)],
                 weight_optimizer=args.weight_optimizer,
                 learning_rate=args.learning_rate,
                 momentum=args.momentum,

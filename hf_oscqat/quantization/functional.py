@@ -7,14 +7,15 @@ The gradients are those of Esser et al., "Learned Step Size Quantization" (ICLR 
 The in-range mask is computed here and not left to `clamp`, whose gradient at its own bounds changed in torch 2.15.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-GRADIENT_ESTIMATORS = ("ste",)
-"""Names that `gradient_estimator` takes: how a gradient passes through the rounding."""
+from hf_oscqat.quantization.gradient_estimators import STRAIGHT_THROUGH, GradientEstimator, make_gradient_estimator
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -99,14 +100,27 @@ def to_int(
         Whole numbers in `[qmin, qmax]`, shaped like `x`, float32 or wider. No gradient.
     """
     with torch.no_grad():
-        dtype = _compute_dtype(x, scale)
-        x_int = (x.to(dtype) / broadcast_to_axis(scale.to(dtype), x.ndim, axis)).round_()
-        if zero_point is not None:
-            x_int += _grid_zero(broadcast_to_axis(zero_point.to(dtype), x.ndim, axis), qmin, qmax)
-        x_int.clamp_(qmin, qmax)
-        if frozen_int is not None:
-            x_int = torch.where(is_frozen(frozen_int), frozen_int.to(dtype), x_int)
-        return x_int
+        return _round_to_grid(x, scale, zero_point, qmin, qmax, axis, frozen_int, torch.round_)
+
+
+def _round_to_grid(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    qmin: int,
+    qmax: int,
+    axis: int,
+    frozen_int: Tensor | None,
+    rounding: Callable[[Tensor], Tensor],
+) -> Tensor:
+    dtype = _compute_dtype(x, scale)
+    x_int = rounding(x.to(dtype) / broadcast_to_axis(scale.to(dtype), x.ndim, axis))
+    if zero_point is not None:
+        x_int += _grid_zero(broadcast_to_axis(zero_point.to(dtype), x.ndim, axis), qmin, qmax)
+    x_int.clamp_(qmin, qmax)
+    if frozen_int is not None:
+        x_int = torch.where(is_frozen(frozen_int), frozen_int.to(dtype), x_int)
+    return x_int
 
 
 def fake_quantize(
@@ -119,19 +133,22 @@ def fake_quantize(
     axis: int = 0,
     frozen_int: Tensor | None = None,
     gradient_scale: float = 1.0,
-    gradient_estimator: str = "ste",
+    gradient_estimator: str | GradientEstimator = STRAIGHT_THROUGH,
 ) -> Tensor:
     """Round `x` to a grid and back to real values; differentiable in `x`, `scale` and `zero_point`.
 
-    With `w_int = to_int(x)` and `zero_point` z, forward is `scale * (w_int - z)`. For an upstream gradient g:
+    With `w_int = to_int(x)`, `u = x / s` and `zero_point` z, forward is `s * (w_int - z)`. For an upstream gradient g
+    and the estimator's slope k of rounding (1 for the straight-through one):
 
     ===================  ===========  =======================  ==============
     value                d/dx         d/dscale                 d/dzero_point
     ===================  ===========  =======================  ==============
-    inside the grid      g            g * (round(x/s) - x/s)   0
-    clamped              0            g * (w_int - z)          -g * scale
-    frozen               0            g * (w_int - z)          -g * scale
+    inside the grid      g * k        g * (round(u) - k * u)   0
+    clamped              0            g * (w_int - z)          -g * s
+    frozen               0            g * (w_int - z)          -g * s
     ===================  ===========  =======================  ==============
+
+    A random estimator has its own `round(u)`, drawn anew in each call from torch's generator.
 
     Args:
         x: values, any shape and floating dtype; rounding happens in float32 or wider.
@@ -142,7 +159,7 @@ def fake_quantize(
         axis: channel dimension of `x`, used where `scale` has one value per channel.
         frozen_int: integers of frozen weights, with `live_sentinel` elsewhere; None if nothing is frozen.
         gradient_scale: factor on the gradients of `scale` and `zero_point`; `lsq_gradient_scale` gives LSQ's.
-        gradient_estimator: one of `GRADIENT_ESTIMATORS`.
+        gradient_estimator: one of `GRADIENT_ESTIMATORS`, by name or as an object with settings of its own.
 
     Returns:
         Tensor shaped and typed like `x`.
@@ -152,11 +169,12 @@ def fake_quantize(
 
     Source: Esser et al. (ICLR 2020), eq. 2 to 4; freezing from Nagel et al. (ICML 2022), sec. 4.2.
     """
-    if gradient_estimator not in GRADIENT_ESTIMATORS:
-        raise ValueError(
-            f"got gradient_estimator={gradient_estimator!r}, expected one of {', '.join(GRADIENT_ESTIMATORS)}"
-        )
-    return _FakeQuantize.apply(x, scale, zero_point, frozen_int, qmin, qmax, axis, gradient_scale)
+    if isinstance(gradient_estimator, str):
+        gradient_estimator = make_gradient_estimator(gradient_estimator)
+    noise = gradient_estimator.noise(x, _compute_dtype(x, scale))
+    return _FakeQuantize.apply(
+        x, scale, zero_point, frozen_int, noise, qmin, qmax, axis, gradient_scale, gradient_estimator
+    )
 
 
 def lsq_gradient_scale(x: Tensor, scale: Tensor, qmax: int) -> float:
@@ -165,7 +183,7 @@ def lsq_gradient_scale(x: Tensor, scale: Tensor, qmax: int) -> float:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Keeps `x` alone for backward; everything else is recomputed, which is cheaper than reading it back."""
+    """Keeps `x`, and noise if any, for backward; the rest is recomputed, which is cheaper than reading it back."""
 
     @staticmethod
     def forward(
@@ -173,25 +191,28 @@ class _FakeQuantize(torch.autograd.Function):
         scale: Tensor,
         zero_point: Tensor | None,
         frozen_int: Tensor | None,
+        noise: Tensor | None,
         qmin: int,
         qmax: int,
         axis: int,
         gradient_scale: float,
+        estimator: GradientEstimator,
     ) -> Tensor:
-        x_int = to_int(x, scale, zero_point, qmin, qmax, axis=axis, frozen_int=frozen_int)
+        rounding = torch.round_ if noise is None else partial(estimator.round, noise=noise)
+        x_int = _round_to_grid(x, scale, zero_point, qmin, qmax, axis, frozen_int, rounding)
         if zero_point is not None:
             x_int = x_int - _grid_zero(broadcast_to_axis(zero_point.to(x_int.dtype), x.ndim, axis), qmin, qmax)
         return (x_int * broadcast_to_axis(scale.to(x_int.dtype), x.ndim, axis)).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, zero_point, frozen_int, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale = inputs
-        ctx.save_for_backward(x, scale, zero_point, frozen_int)
+        *tensors, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale, ctx.estimator = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, zero_point, frozen_int = ctx.saved_tensors
+        x, scale, zero_point, frozen_int, noise = ctx.saved_tensors
         dtype = _compute_dtype(x, scale)
         s = broadcast_to_axis(scale.to(dtype), x.ndim, ctx.axis)
         z = None if zero_point is None else broadcast_to_axis(zero_point.to(dtype), x.ndim, ctx.axis)
@@ -199,7 +220,8 @@ class _FakeQuantize(torch.autograd.Function):
         grad = grad_output.to(dtype)
 
         u = x.to(dtype) / s
-        rounded = u.round()
+        rounded = ctx.estimator.round(u, noise)
+        slope = ctx.estimator.slope(u - rounded, grad, ctx.qmax - ctx.qmin)
         w_int = (rounded + z_int).clamp(ctx.qmin, ctx.qmax)
         passes = w_int == rounded + z_int
         if frozen_int is not None:
@@ -209,15 +231,15 @@ class _FakeQuantize(torch.autograd.Function):
 
         grad_x = grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.where(passes, grad, 0.0).to(x.dtype)
+            grad_x = torch.where(passes, grad if slope is None else grad * slope, 0.0).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            per_value = grad * torch.where(passes, rounded - u, w_int - z_int)
+            per_value = grad * torch.where(passes, rounded - (u if slope is None else slope * u), w_int - z_int)
             grad_scale = _sum_like(per_value, s, scale) * ctx.gradient_scale
         if z is not None and ctx.needs_input_grad[2]:
             zero_on_grid = (z.round() >= ctx.qmin) & (z.round() <= ctx.qmax)
             per_value = torch.where(~passes & zero_on_grid, -grad * s, 0.0)
             grad_zero_point = _sum_like(per_value, s, zero_point) * ctx.gradient_scale
-        return grad_x, grad_scale, grad_zero_point, None, None, None, None, None
+        return grad_x, grad_scale, grad_zero_point, None, None, None, None, None, None, None
 
 
 def _sum_like(per_value: Tensor, broadcast: Tensor, parameter: Tensor) -> Tensor:

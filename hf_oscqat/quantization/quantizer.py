@@ -19,6 +19,11 @@ from hf_oscqat.quantization.functional import (
     lsq_gradient_scale,
     to_int,
 )
+from hf_oscqat.quantization.gradient_estimators import (
+    STRAIGHT_THROUGH,
+    GradientEstimator,
+    make_gradient_estimator,
+)
 
 
 class Quantizer(nn.Module):
@@ -34,7 +39,7 @@ class Quantizer(nn.Module):
         channels: number of scales, along `axis`; None for one scale.
         axis: channel dimension of what is quantized.
         lsq_gradient_scaling: whether the gradients of scale and zero-point carry LSQ's `1 / sqrt(count * qmax)`.
-        gradient_estimator: how the gradient passes through the rounding.
+        gradient_estimator: how the gradient passes through the rounding, by name or with settings of its own.
         range_estimator: how `calibrate` finds the initial range.
         device: where the parameters are made.
         dtype: their dtype, float32 or wider.
@@ -59,7 +64,7 @@ class Quantizer(nn.Module):
         channels: int | None = None,
         axis: int = 0,
         lsq_gradient_scaling: bool = False,
-        gradient_estimator: str = "ste",
+        gradient_estimator: str | GradientEstimator = "ste",
         range_estimator: str = "mse",
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -70,12 +75,14 @@ class Quantizer(nn.Module):
         self.axis = axis
         self.per_channel = channels is not None
         self.lsq_gradient_scaling = lsq_gradient_scaling
+        if isinstance(gradient_estimator, str):
+            gradient_estimator = make_gradient_estimator(gradient_estimator)
         self.gradient_estimator = gradient_estimator
         self.range_estimator = range_estimator
         self.calibrated = False
         self.has_frozen = False
         shape = (1 if channels is None else channels,)
-        self.scale = nn.Parameter(torch.full(shape, torch.nan, device=device, dtype=dtype))
+        self._make_scale(torch.full(shape, torch.nan, device=device, dtype=dtype))
         if symmetric:
             self.register_parameter("zero_point", None)
         else:
@@ -124,7 +131,7 @@ class Quantizer(nn.Module):
                 raise ValueError("got signed=None, expected True or False: this symmetric grid learns it from data")
             self.signed.fill_(int(signed))
             self._is_signed = signed
-        self.scale.copy_(scale.reshape(-1).expand_as(self.scale))
+        self._fill_scale(scale.reshape(-1).expand_as(self.scale))
         if self.zero_point is not None and zero_point is not None:
             self.zero_point.copy_(zero_point.reshape(-1).expand_as(self.zero_point))
         self.calibrated = True
@@ -146,6 +153,15 @@ class Quantizer(nn.Module):
     def to_int(self, x: Tensor) -> Tensor:
         """Integers of `x` on this grid, frozen ones included; see `functional.to_int`."""
         return to_int(x, self.scale, self.zero_point, self.qmin, self.qmax, axis=self.axis, frozen_int=self._frozen())
+
+    @torch.no_grad()
+    def to_real(self, x_int: Tensor) -> Tensor:
+        """Real values of integers of this grid, `scale * (x_int - zero_point)`; no gradient."""
+        scale = broadcast_to_axis(self.scale, x_int.ndim, self.axis)
+        if self.zero_point is None:
+            return x_int * scale
+        zero = broadcast_to_axis(self.zero_point, x_int.ndim, self.axis).round().clamp(self.qmin, self.qmax)
+        return (x_int - zero) * scale
 
     def to_grid(self, x: Tensor) -> Tensor:
         """Where `x` lies between the integers of this grid: `x / scale + zero_point`, neither rounded nor clamped."""
@@ -170,6 +186,7 @@ class Quantizer(nn.Module):
             raise RuntimeError(
                 "this quantizer has no range yet: run hf_oscqat.calibrate(model, batches) before the model is used"
             )
+        at_nearest = self.gradient_estimator.is_random and not self.training
         gradient_scale = lsq_gradient_scale(x, self.scale, self.qmax) if self.lsq_gradient_scaling else 1.0
         return fake_quantize(
             x,
@@ -180,7 +197,7 @@ class Quantizer(nn.Module):
             axis=self.axis,
             frozen_int=self._frozen(),
             gradient_scale=gradient_scale,
-            gradient_estimator=self.gradient_estimator,
+            gradient_estimator=STRAIGHT_THROUGH if at_nearest else self.gradient_estimator,
         )
 
     def refresh(self) -> None:
@@ -194,6 +211,12 @@ class Quantizer(nn.Module):
         """Shown by `print(model)`."""
         granularity = "per_channel" if self.per_channel else "per_tensor"
         return f"num_bits={self.num_bits}, qmin={self.qmin}, qmax={self.qmax}, {granularity}"
+
+    def _make_scale(self, values: Tensor) -> None:
+        self.scale = nn.Parameter(values)
+
+    def _fill_scale(self, values: Tensor) -> None:
+        self.scale.copy_(values)
 
     def _frozen(self) -> Tensor | None:
         return self.frozen_int if self.has_frozen else None
@@ -211,3 +234,30 @@ class Quantizer(nn.Module):
             return moved
 
         return super()._apply(keep_precision, recurse)
+
+
+class LogScaleQuantizer(Quantizer):
+    """A quantizer that learns the logarithm of its scale: `scale = 2 ** log2_scale`.
+
+    The scale is positive whatever the optimizer does, and a step of the optimizer changes it by a share of itself. For
+    the gradient of the linear quantizer, `dL/dlog2_scale = dL/dscale * scale * ln(2)`.
+
+    Source: Jain et al., "Trained Quantization Thresholds for Accurate and Efficient Fixed-Point Inference of Deep
+    Neural Networks" (MLSys 2020), sec. 3.3; without their restriction to powers of two.
+
+    Attributes:
+        log2_scale: parameter in place of `scale`, `(1,)` or `(channels,)`.
+    """
+
+    log2_scale: nn.Parameter
+
+    @property
+    def scale(self) -> Tensor:  # type: ignore[override]
+        """Step of the grid, differentiable in `log2_scale`."""
+        return torch.exp2(self.log2_scale)
+
+    def _make_scale(self, values: Tensor) -> None:
+        self.log2_scale = nn.Parameter(values)
+
+    def _fill_scale(self, values: Tensor) -> None:
+        self.log2_scale.copy_(values.log2())

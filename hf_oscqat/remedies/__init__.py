@@ -4,7 +4,8 @@
 """
 
 from hf_oscqat.remedies.base import Remedy
+from hf_oscqat.remedies.bin_regularization import BinRegularization
 from hf_oscqat.remedies.dampening import Dampening
 from hf_oscqat.remedies.freezing import Freezing
 
-REMEDIES: dict[str, type[Remedy]] = {remedy.name: remedy for remedy in (Dampening, Freezing)}
+REMEDIES: dict[str, type[Remedy]] = {remedy.name: remedy for remedy in (Dampening, Freezing, BinRegularization)}

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_oscqat.quantization.functional import broadcast_to_axis
 from hf_oscqat.quantization.layers import quantized_layers
 from hf_oscqat.remedies.base import Remedy
 from hf_oscqat.remedies.schedules import check_anneal_start, cosine_anneal
@@ -38,13 +37,10 @@ def dampening_loss(model: nn.Module) -> Tensor:
         if quantizer is None:
             continue
         weight = layer.latent_weight
-        scale = broadcast_to_axis(quantizer.scale.detach(), weight.ndim, quantizer.axis)
-        zero: Tensor | int = 0
-        if quantizer.zero_point is not None:
-            zero = broadcast_to_axis(quantizer.zero_point.detach(), weight.ndim, quantizer.axis)
-            zero = zero.round().clamp(quantizer.qmin, quantizer.qmax)
-        centre = (quantizer.to_int(weight) - zero) * scale
-        low, high = (quantizer.qmin - zero) * scale, (quantizer.qmax - zero) * scale
+        centre = quantizer.to_real(quantizer.to_int(weight))
+        ends = [1] * weight.ndim
+        low = quantizer.to_real(centre.new_full(ends, quantizer.qmin))
+        high = quantizer.to_real(centre.new_full(ends, quantizer.qmax))
         distance = torch.minimum(torch.maximum(weight, low), high) - centre
         terms.append(distance.square().movedim(quantizer.axis, 0).flatten(1).mean(1).sum())
     if not terms:

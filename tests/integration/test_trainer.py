@@ -20,6 +20,7 @@ from hf_oscqat import (
     prepare_qat,
     reestimate_batchnorm,
 )
+from hf_oscqat.quantization.gradient_estimators import GRADIENT_ESTIMATORS
 from hf_oscqat.quantization.layers import quantizers
 from hf_oscqat.remedies.batchnorm import batchnorm_layers
 
@@ -295,3 +296,19 @@ def test_sharded_launch_is_refused(tmp_path, monkeypatch, variable):
 def test_unknown_weight_optimizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'sgd' or 'adamw'"):
         OscQATTrainingArguments(output_dir=str(tmp_path), weight_optimizer="lion")
+
+
+@pytest.mark.parametrize("estimator", GRADIENT_ESTIMATORS)
+@pytest.mark.parametrize("scale_domain", ["linear", "log"])
+def test_every_gradient_estimator_trains_packs_and_comes_back(make_trainer, estimator, scale_domain, tmp_path):
+    trainer = make_trainer({"gradient_estimator": estimator, "scale_domain": scale_domain}, max_steps=2)
+    trainer.train()
+    assert all(np.isfinite(entry["loss"]) for entry in logged(trainer))
+    trainer.save_model(tmp_path / "qat")
+    images = torch.stack([RandomImages()[i]["pixel_values"] for i in range(4)])
+    with torch.no_grad():
+        expected = trainer.model.eval()(images).logits
+        assert torch.equal(pack(trainer.model)(images).logits, expected)
+        again = AutoModelForImageClassification.from_pretrained(tmp_path / "qat").eval()
+        assert torch.equal(again(images).logits, expected)
+    assert again.config.quantization_config.gradient_estimator == estimator

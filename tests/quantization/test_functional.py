@@ -18,6 +18,7 @@ from hf_oscqat.quantization.functional import (
     output_axis,
     to_int,
 )
+from hf_oscqat.quantization.gradient_estimators import make_gradient_estimator
 
 LIVE = live_sentinel(torch.int8)
 
@@ -241,15 +242,28 @@ def test_scale_of_any_documented_shape_gets_a_gradient_of_that_shape(scale_shape
 
 
 def test_unknown_gradient_estimator_is_an_error_that_lists_the_known():
-    with pytest.raises(ValueError, match="got gradient_estimator='ewgs2', expected one of ste"):
+    with pytest.raises(ValueError, match="got gradient_estimator='ewgs2', expected one of ste, ewgs, "):
         fake_quantize(torch.ones(1), torch.ones(1), None, -4, 3, gradient_estimator="ewgs2")
 
 
+@pytest.mark.parametrize("estimator", ["ste", "ewgs"])
 @pytest.mark.parametrize(("asymmetric", "frozen"), [(False, False), (True, True)])
-def test_compiled_whole_graph_equals_eager(asymmetric, frozen):
+def test_compiled_whole_graph_equals_eager(asymmetric, frozen, estimator):
+    estimator = make_gradient_estimator(estimator)
+
     def run(x, scale, zero_point, frozen_int):
         qmin, qmax = (-4, 3) if zero_point is None else (0, 7)
-        return fake_quantize(x, scale, zero_point, qmin, qmax, axis=1, frozen_int=frozen_int, gradient_scale=0.3)
+        return fake_quantize(
+            x,
+            scale,
+            zero_point,
+            qmin,
+            qmax,
+            axis=1,
+            frozen_int=frozen_int,
+            gradient_scale=0.3,
+            gradient_estimator=estimator,
+        )
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")

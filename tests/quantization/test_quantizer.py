@@ -2,13 +2,14 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
 import torch
 
 from hf_oscqat.quantization.functional import fake_quantize, live_sentinel, lsq_gradient_scale
-from hf_oscqat.quantization.quantizer import Quantizer
+from hf_oscqat.quantization.quantizer import LogScaleQuantizer, Quantizer
 
 
 def calibrated(num_bits=4, **kwargs):
@@ -234,3 +235,46 @@ class TestFreezing:
         torch.save(quantizer, stream)
         stream.seek(0)
         assert torch.equal(torch.load(stream, weights_only=False)(x), quantizer(x))
+
+
+class TestLogScale:
+    """`scale = 2 ** log2_scale`: same numbers forward, chain rule backward, positive after any step."""
+
+    def pair(self, channels=None, **kwargs):
+        linear = Quantizer(3, signed=True, channels=channels, dtype=torch.float64, **kwargs)
+        log = LogScaleQuantizer(3, signed=True, channels=channels, dtype=torch.float64, **kwargs)
+        scale = 0.1 + torch.rand(channels or 1, dtype=torch.float64)
+        log.set_range(scale)
+        linear.set_range(log.scale.detach())
+        return linear, log
+
+    @pytest.mark.parametrize("channels", [None, 6])
+    @pytest.mark.parametrize("lsq", [False, True])
+    def test_gradient_follows_the_chain_rule(self, channels, lsq):
+        linear, log = self.pair(channels, lsq_gradient_scaling=lsq)
+        x, grad = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+        for quantizer in (linear, log):
+            quantizer(x).backward(grad)
+        assert torch.equal(linear(x), log(x))
+        expected = linear.scale.grad * linear.scale.detach() * math.log(2)
+        torch.testing.assert_close(log.log2_scale.grad, expected, rtol=1e-12, atol=1e-12)
+
+    def test_has_one_parameter_of_its_own_name(self):
+        _, log = self.pair()
+        assert list(dict(log.named_parameters())) == ["log2_scale"]
+        assert list(log.state_dict()) == ["log2_scale"]
+
+    def test_stays_positive_after_an_absurd_step(self):
+        _, log = self.pair()
+        with torch.no_grad():
+            log.log2_scale -= 50
+        assert log.scale > 0
+
+    def test_refuses_to_run_until_calibrated_and_loads(self):
+        fresh = LogScaleQuantizer(3, signed=True, dtype=torch.float64)
+        with pytest.raises(RuntimeError, match="has no range yet"):
+            fresh(torch.ones(2))
+        _, log = self.pair()
+        fresh.load_state_dict(log.state_dict())
+        x = torch.randn(9, dtype=torch.float64)
+        assert torch.equal(fresh(x), log(x))
