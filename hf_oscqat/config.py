@@ -73,6 +73,8 @@ class OscQATConfig(QuantizationConfigMixin):
         tracker_momentum: EMA step of oscillation frequencies, in (0, 1], where no remedy brings its own.
         batchnorm_reestimation_batches: training batches for re-estimating batch-norm statistics before each
             evaluation; 0 turns it off.
+        batchnorm_total_variance: re-estimate the variance over all those images at once, which includes that between
+            batches; the published method averages the variances of the batches.
         checkpoint_format: `"qat"` (latent weights, trainable) or `"packed"`. Written by `pack`.
         format_version: version of the packed format. Written by `pack`.
         layers: per-layer grids of a packed checkpoint. Written by `pack`.
@@ -101,6 +103,7 @@ class OscQATConfig(QuantizationConfigMixin):
     lsq_gradient_scaling: bool = False
     tracker_momentum: float = 0.001
     batchnorm_reestimation_batches: int = 50
+    batchnorm_total_variance: bool = False
     checkpoint_format: str = "qat"
     format_version: int = 1
     layers: dict[str, dict[str, Any]] | None = None
@@ -121,8 +124,9 @@ class OscQATConfig(QuantizationConfigMixin):
         self.make_gradient_estimator()
         _check_choice("checkpoint_format", self.checkpoint_format, ("qat", "packed"))
         self.overrides = _overrides({} if self.overrides is None else self.overrides)
-        if not isinstance(self.lsq_gradient_scaling, bool):
-            raise ValueError(f"got lsq_gradient_scaling={self.lsq_gradient_scaling!r}, expected True or False")
+        for name in ("lsq_gradient_scaling", "batchnorm_total_variance"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"got {name}={getattr(self, name)!r}, expected True or False")
         momentum = self.tracker_momentum
         if not (isinstance(momentum, int | float) and 0 < momentum <= 1):
             raise ValueError(f"got tracker_momentum={momentum!r}, expected a number in (0, 1]")

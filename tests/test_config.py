@@ -47,6 +47,7 @@ BAD_VALUES = [
     ("checkpoint_format", "safetensors"),
     *(("tracker_momentum", value) for value in (0, -0.1, 1.5, float("nan"), "fast", None)),
     *(("batchnorm_reestimation_batches", value) for value in (-1, 2.5, "50", None, True)),
+    *(("batchnorm_total_variance", value) for value in ("no", None)),
     *(("lsq_gradient_scaling", value) for value in ("no", 3)),
     *(("modules_to_not_convert", value) for value in ("classifier", [3], 5)),
     *(("overrides", value) for value in (5, ["head"], {"head": 8}, {"head": None}, {3: {"weight_bits": 8}})),

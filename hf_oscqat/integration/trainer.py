@@ -241,7 +241,8 @@ class OscQATTrainer(PickleFreeTrainer):
         shown = not self.args.disable_tqdm and self.is_local_process_zero()
         with _fixed_randomness(self.args.seed):
             progress = tqdm(loader, desc="Re-estimating batch-norm", leave=False, disable=not shown)
-            reestimate_batchnorm(model, (self._images(batch) for batch in progress))
+            images = (self._images(batch) for batch in progress)
+            reestimate_batchnorm(model, images, total_variance=self.oscqat_config.batchnorm_total_variance)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Each process has seen other images; without this, rank 0's statistics would be saved and the others' lost.
@@ -284,6 +285,7 @@ class OscQATTrainer(PickleFreeTrainer):
         scalars: dict[str, float] = {}
         if self.tracker is not None:
             scalars["oscillating_percent"] = 100 * self.tracker.oscillating_fraction
+            scalars["scale_caused_percent"] = 100 * self.tracker.scale_caused_fraction
             scalars["frozen_percent"] = 100 * self.tracker.frozen_fraction
         step = max(1, self.state.global_step)
         for remedy in self.remedies:

@@ -39,16 +39,18 @@ def batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:
 
 
 @torch.no_grad()
-def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch]) -> None:
+def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch], *, total_variance: bool = False) -> None:
     """Set the running statistics of every batch-norm layer to the average over `batches`, in place.
 
     Dropout and everything else stay in evaluation mode, the oscillation tracker sees nothing, and each module is
-    left in the mode it was in. Under `torch.distributed` the averages of all processes are averaged; every process
-    must call it, with as many batches. A model without batch-norm is left alone and no batch is read.
+    left in the mode it was in. Under `torch.distributed` the average is over the batches of all processes, and every
+    process must call it. A model without batch-norm is left alone and no batch is read.
 
     Args:
         model: any model.
         batches: training batches; each a tensor, or a dict of what the model's forward takes.
+        total_variance: take the variance over all images at once. It has the variance of the batches' means in it,
+            which the average of the batches' variances, the published choice, leaves out.
 
     Raises:
         ValueError: if `batches` is empty.
@@ -60,6 +62,8 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch]) -> None:
     momenta = [layer.momentum for layer in layers]
     counts = [None if n.num_batches_tracked is None else n.num_batches_tracked.clone() for n in layers]
     saved = [(_clone(layer.running_mean), _clone(layer.running_var)) for layer in layers]
+    sums = [_StatisticSums(layer, total_variance) for layer in layers]
+    handles = [layer.register_forward_hook(its_sums) for layer, its_sums in zip(layers, sums, strict=True)]
     seen = 0
     finished = False
     try:
@@ -67,15 +71,20 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch]) -> None:
         for layer in layers:
             layer.training = True
             layer.reset_running_stats()
-            layer.momentum = None  # torch's own cumulative average
+            layer.momentum = 1.0  # the running statistics are those of the batch, for the hook to add up
         for batch in batches:
             forward_batch(model, batch)
             seen += 1
         if seen == 0:
             raise ValueError("got no batches for batch-norm re-estimation, expected at least one")
-        average_over_processes(layers)
+        _sum_over_processes([part for its_sums in sums for part in its_sums.parts])
+        for layer, its_sums in zip(layers, sums, strict=True):
+            for statistic, average in zip((layer.running_mean, layer.running_var), its_sums.averages(), strict=True):
+                _fill(statistic, average)
         finished = True
     finally:
+        for handle in handles:
+            handle.remove()
         for module, training in modes:
             module.training = training
         for layer, momentum, count, (mean, var) in zip(layers, momenta, counts, saved, strict=True):
@@ -87,18 +96,63 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch]) -> None:
                 _fill(layer.running_var, var)
 
 
+class _StatisticSums:
+    """Adds up one layer's batch statistics, in float64 where the device has it; a forward hook.
+
+    Args:
+        layer: with momentum 1, so that its running statistics are those of the last batch.
+        total_variance: see `reestimate_batchnorm`.
+    """
+
+    def __init__(self, layer: _BatchNorm, total_variance: bool) -> None:
+        assert layer.running_mean is not None
+        self.total_variance = total_variance
+        dtype = torch.float32 if layer.running_mean.device.type == "mps" else torch.float64
+        zeros = torch.zeros_like(layer.running_mean, dtype=dtype)
+        self.weight, self.mean, self.square = zeros.new_zeros(1), zeros.clone(), zeros.clone()
+
+    @property
+    def parts(self) -> list[Tensor]:
+        return [self.weight, self.mean, self.square]
+
+    def __call__(self, layer: _BatchNorm, args: tuple[Tensor, ...], output: Tensor) -> None:
+        assert layer.running_mean is not None and layer.running_var is not None
+        mean, var = layer.running_mean.to(self.mean.dtype), layer.running_var.to(self.mean.dtype)
+        count = args[0].numel() // mean.numel() if self.total_variance else 1
+        self.weight += count
+        self.mean += count * mean
+        self.square += (count - 1) * var + count * mean.square() if self.total_variance else var
+
+    def averages(self) -> tuple[Tensor, Tensor]:
+        mean = self.mean / self.weight
+        if self.total_variance:
+            return mean, (self.square - self.weight * mean.square()) / (self.weight - 1)
+        return mean, self.square / self.weight
+
+
 def average_over_processes(layers: list[_BatchNorm]) -> None:
     """Replace running statistics by their average over all processes; does nothing in a single process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    if not layers:
+    if _num_processes() == 1:
         return
     statistics = [s for layer in layers for s in (layer.running_mean, layer.running_var) if s is not None]
-    flat = torch.cat([s.flatten() for s in statistics])
+    _sum_over_processes(statistics)
+    for statistic in statistics:
+        statistic /= _num_processes()
+
+
+def _num_processes() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def _sum_over_processes(tensors: list[Tensor]) -> None:
+    """Replace tensors of one dtype by their sums over all processes, in one message."""
+    if _num_processes() == 1 or not tensors:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
     torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
-    for statistic, average in zip(statistics, flat.split([s.numel() for s in statistics]), strict=True):
-        statistic.copy_(average.view_as(statistic))
+    for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
 
 
 def _clone(statistic: Tensor | None) -> Tensor | None:

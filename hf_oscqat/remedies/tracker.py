@@ -5,6 +5,9 @@ exponential moving average of that event (Nagel et al., ICML 2022, sec. 2.2 and 
 every forward, evaluation included, so its frequencies decay with the size of the validation set. Here a tick is taken
 by whoever drives training, between backward and the optimizer's step, and nothing else moves the statistics.
 
+An integer moves because the latent weight did or because the scale did. The frequency counts both, as published; the
+share that is the scale's doing is counted apart.
+
 The state of a layer sits in the layer as buffers. It follows the model between devices, is saved with it and comes
 back with it, which is what makes a resumed run equal to one that was never stopped.
 """
@@ -16,14 +19,15 @@ from torch import Tensor, nn
 
 from hf_oscqat.quantization.functional import frozen_dtype, is_frozen, live_sentinel
 from hf_oscqat.quantization.layers import QuantizedLayer, quantized_layers
+from hf_oscqat.quantization.quantizer import Quantizer
 
 
 class OscillationState(nn.Module):
-    """Running oscillation statistics of one weight; it knows integers only.
+    """Running oscillation statistics of one weight.
 
     Args:
         weight: the latent weight, for shape and device.
-        num_bits: width of its integers.
+        quantizer: its quantizer, for the width of its integers and the shape of its scale.
         count_total: also count every oscillation of every weight.
 
     Attributes (buffers shaped like the weight):
@@ -32,6 +36,13 @@ class OscillationState(nn.Module):
         frequency: float32 (float64 for a float64 weight), oscillations per optimizer step, in [0, 1].
         mean_int: typed like `frequency`, moving average of its integer; NaN until freezing starts.
         total: int32, oscillations so far, or None.
+        total_by_scale: int32, those of them that a moving scale caused, or None.
+
+    Attributes (buffers of the layer):
+        previous_scale: the quantizer's scale at the last tick; NaN before the first.
+        previous_zero_point: its zero-point then, or None.
+        events: float32 `(2,)`, moving averages of the share of weights that oscillated in a step: of all, and of those
+            that a moving scale caused.
     """
 
     previous_int: Tensor
@@ -39,29 +50,44 @@ class OscillationState(nn.Module):
     frequency: Tensor
     mean_int: Tensor
     total: Tensor | None
+    total_by_scale: Tensor | None
+    previous_scale: Tensor
+    previous_zero_point: Tensor | None
+    events: Tensor
 
-    def __init__(self, weight: Tensor, num_bits: int, *, count_total: bool = False) -> None:
+    def __init__(self, weight: Tensor, quantizer: Quantizer, *, count_total: bool = False) -> None:
         super().__init__()
         weight = weight.detach()
-        dtype = frozen_dtype(num_bits)
+        dtype = frozen_dtype(quantizer.num_bits)
         precision = torch.promote_types(weight.dtype, torch.float32)
         self.register_buffer("previous_int", torch.full_like(weight, live_sentinel(dtype), dtype=dtype))
         self.register_buffer("direction", torch.zeros_like(weight, dtype=torch.int8))
         self.register_buffer("frequency", torch.zeros_like(weight, dtype=precision))
         self.register_buffer("mean_int", torch.full_like(weight, torch.nan, dtype=precision))
-        self.register_buffer("total", torch.zeros_like(weight, dtype=torch.int32) if count_total else None)
+        self.register_buffer("total", None)
+        self.register_buffer("total_by_scale", None)
+        if count_total:
+            self.count_total()
+        scale, zero_point = quantizer.scale.detach(), quantizer.zero_point
+        self.register_buffer("previous_scale", torch.full_like(scale, torch.nan))
+        self.register_buffer(
+            "previous_zero_point", None if zero_point is None else torch.full_like(zero_point.detach(), torch.nan)
+        )
+        self.register_buffer("events", torch.zeros(2, device=weight.device))
         # Plain bools, so that a tick never asks the device; `refresh` reads them from the buffers after loading.
         self.has_previous = False
         self.has_mean = False
 
-    def observe(self, w_int: Tensor, momentum: float) -> None:
+    @torch.no_grad()
+    def observe(self, weight: Tensor, quantizer: Quantizer, momentum: float) -> None:
         """Count one step.
 
         Args:
-            w_int: integers of this step's forward, shaped like the weight, any dtype.
+            weight: the latent weight of this step's forward.
+            quantizer: its quantizer.
             momentum: EMA step in (0, 1].
         """
-        w_int = w_int.to(self.previous_int.dtype)
+        w_int = quantizer.to_int(weight).to(self.previous_int.dtype)
         if self.has_previous:
             move = (w_int - self.previous_int).sign().to(torch.int8)
             oscillated = move * self.direction == -1
@@ -69,10 +95,24 @@ class OscillationState(nn.Module):
             # momentum, its rounding decides whether a single oscillation freezes a weight.
             self.frequency.mul_(1 - momentum).add_(oscillated.float() * momentum)
             self.direction.copy_(torch.where(move != 0, move, self.direction))
-            if self.total is not None:
+            # On the grid of the step before, would the weight have stayed where it was? Then the scale has moved it.
+            stayed = quantizer.to_int(weight, scale=self.previous_scale, zero_point=self.previous_zero_point)
+            by_scale = oscillated & (stayed == self.previous_int)
+            shares = torch.stack([oscillated.float().mean(), by_scale.float().mean()])
+            self.events.lerp_(shares, momentum)
+            if self.total is not None and self.total_by_scale is not None:
                 self.total += oscillated
+                self.total_by_scale += by_scale
         self.previous_int.copy_(w_int)
+        self.previous_scale.copy_(quantizer.scale)
+        if self.previous_zero_point is not None and quantizer.zero_point is not None:
+            self.previous_zero_point.copy_(quantizer.zero_point)
         self.has_previous = True
+
+    def count_total(self) -> None:
+        """Count every oscillation of every weight from now on."""
+        self.total = torch.zeros_like(self.previous_int, dtype=torch.int32)
+        self.total_by_scale = torch.zeros_like(self.total)
 
     def freeze(self, frozen_int: Tensor, threshold: float, momentum: float, *, use_ema: bool) -> None:
         """Freeze the weights whose frequency exceeds `threshold`, each at its mean integer before this step.
@@ -169,7 +209,7 @@ class OscillationTracker:
         """
         for layer in self.layers.values():
             assert layer.weight_quantizer is not None
-            oscillation_state(layer).observe(layer.weight_quantizer.to_int(layer.latent_weight), self.momentum)
+            oscillation_state(layer).observe(layer.latent_weight, layer.weight_quantizer, self.momentum)
         if threshold > 0:
             self.freeze(threshold)
 
@@ -200,6 +240,15 @@ class OscillationTracker:
         return self._fraction(
             [(oscillation_state(layer).frequency > self.oscillating_above).sum() for layer in self.layers.values()]
         )
+
+    @property
+    def scale_caused_fraction(self) -> float:
+        """Share of recent oscillations that happened because a scale moved, in [0, 1]; 0 if there were none."""
+        if not self.layers:
+            return 0.0
+        events = [oscillation_state(layer).events * layer.latent_weight.numel() for layer in self.layers.values()]
+        total, by_scale = torch.stack(events).sum(0).tolist()
+        return by_scale / total if total > 0 else 0.0
 
     @property
     def frozen_fraction(self) -> float:
@@ -246,11 +295,9 @@ def attach_oscillation_state(layer: QuantizedLayer, *, count_total: bool = False
     """Give a layer a place for its statistics, as `layer.oscillation`; does nothing if it has one."""
     assert layer.weight_quantizer is not None
     if not hasattr(layer, "oscillation"):
-        layer.oscillation = OscillationState(
-            layer.latent_weight, layer.weight_quantizer.num_bits, count_total=count_total
-        )
+        layer.oscillation = OscillationState(layer.latent_weight, layer.weight_quantizer, count_total=count_total)
     elif count_total and oscillation_state(layer).total is None:
-        oscillation_state(layer).total = torch.zeros_like(layer.latent_weight, dtype=torch.int32, requires_grad=False)
+        oscillation_state(layer).count_total()
 
 
 def oscillation_state(layer: QuantizedLayer) -> OscillationState:

@@ -7,7 +7,14 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from hf_oscqat import OscQATConfig, OscQATTrainer, OscQATTrainingArguments, calibrate, prepare_qat
+from hf_oscqat import (
+    OscQATConfig,
+    OscQATTrainer,
+    OscQATTrainingArguments,
+    calibrate,
+    prepare_qat,
+    reestimate_batchnorm,
+)
 from hf_oscqat.checkpoint import digest
 from hf_oscqat.integration.models import timm_wrapper
 
@@ -45,8 +52,23 @@ def main(folder: Path) -> None:
     trainer = OscQATTrainer(model=model, args=args, train_dataset=images, eval_dataset=images)
     trainer.train()
     trainer.reestimate_batchnorm()
+    # Unequal shares: six batches here, four there, compared with all images at once.
+    every = torch.randn(10, 4, 5, 3, 3, generator=torch.Generator().manual_seed(7))
+    layer = torch.nn.BatchNorm2d(5)
+    share = every[:6] if args.process_index == 0 else every[6:]
+    reestimate_batchnorm(torch.nn.Sequential(layer), list(share), total_variance=True)
+    together = every.flatten(0, 1)
+    difference = max(
+        float((layer.running_mean - together.mean((0, 2, 3))).abs().max()),
+        float((layer.running_var - together.var((0, 2, 3))).abs().max()),
+    )
     state = {name: digest(tensor) for name, tensor in trainer.model.state_dict().items()}
-    report = {"processes": args.world_size, "frozen": trainer.tracker.frozen_fraction, "state": state}
+    report = {
+        "processes": args.world_size,
+        "frozen": trainer.tracker.frozen_fraction,
+        "state": state,
+        "batchnorm_difference": difference,
+    }
     (folder / f"rank{args.process_index}.json").write_text(json.dumps(report))
 
 

@@ -39,6 +39,48 @@ def test_statistics_are_the_average_over_batches(batches):
     torch.testing.assert_close(model[1].running_var, var)
 
 
+def test_total_variance_is_that_of_all_images_at_once(batches):
+    model = spoiled()
+    reestimate_batchnorm(model, batches, total_variance=True)
+    with torch.no_grad():
+        together = torch.cat([model[0](batch) for batch in batches])
+    torch.testing.assert_close(model[1].running_mean, together.mean((0, 2, 3)))
+    torch.testing.assert_close(model[1].running_var, together.var((0, 2, 3)))
+
+
+def test_total_variance_adds_that_between_batches():
+    batches = [torch.randn(8, 3, 4, 4) + shift for shift in (-3.0, 3.0)]
+    within, total = spoiled(), spoiled()
+    total.load_state_dict(within.state_dict())
+    reestimate_batchnorm(within, batches)
+    reestimate_batchnorm(total, batches, total_variance=True)
+    torch.testing.assert_close(within[1].running_mean, total[1].running_mean)
+    assert bool((total[1].running_var > within[1].running_var).all())
+
+
+def test_layer_that_is_called_twice_counts_both_calls():
+    layer = nn.BatchNorm2d(2)
+    first, second = torch.randn(4, 2, 3, 3), 5 + torch.randn(4, 2, 3, 3)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x) + self.layer(second)
+
+    reestimate_batchnorm(Twice(), [first], total_variance=True)
+    torch.testing.assert_close(layer.running_mean, torch.cat([first, second]).mean((0, 2, 3)))
+    torch.testing.assert_close(layer.running_var, torch.cat([first, second]).var((0, 2, 3)))
+
+
+def test_nothing_is_left_hooked_to_the_layers(batches):
+    model = spoiled()
+    reestimate_batchnorm(model, batches)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_later_layers_see_what_their_batch_normalized_is(batches):
     model = spoiled()
     reestimate_batchnorm(model, batches)

@@ -112,8 +112,64 @@ class TestStatistics:
     def test_bytes_per_weight_are_at_most_ten(self):
         model = one_layer(*range(-8, 8))
         OscillationTracker(model).tick(0.01)
+        buffers = list(model[0].oscillation.buffers())
+        per_weight = [b for b in buffers if b.shape == model[0].latent_weight.shape]
+        assert sum(b.element_size() for b in per_weight) <= 10
+        assert sum(b.numel() * b.element_size() for b in buffers if b.numel() <= 2) <= 16, "and a little per layer"
+        assert all(b.shape == model[0].latent_weight.shape or b.numel() <= 2 for b in buffers)
+
+
+class TestCauses:
+    """A latent weight of 1.45 has integer 1 at scale 1 and 2 at scale 0.9."""
+
+    def ticked(self, model, tracker, steps):
+        for weight, scale in steps:
+            set_integers(model, *weight)
+            model[0].weight_quantizer.set_range(torch.tensor([scale]))
+            tracker.tick()
+        return model[0].oscillation
+
+    def test_moving_scale_is_counted_apart(self):
+        model = one_layer(1.45, 0.0)
+        tracker = OscillationTracker(model, momentum=0.5, count_total=True)
+        state = self.ticked(model, tracker, [((1.45, 0.0), s) for s in (1.0, 0.9, 1.0, 0.9)])
+        assert state.total.tolist() == state.total_by_scale.tolist() == [[2, 0]]
+        assert tracker.scale_caused_fraction == 1.0
+
+    def test_moving_weight_is_not(self):
+        model = one_layer(1.4)
+        tracker = OscillationTracker(model, momentum=0.5, count_total=True)
+        state = self.ticked(model, tracker, [((w,), 1.0) for w in (1.4, 1.6, 1.4, 1.6)])
+        assert (state.total.item(), state.total_by_scale.item()) == (2, 0)
+        assert tracker.scale_caused_fraction == 0.0
+
+    def test_weight_that_would_have_moved_anyway_counts_as_its_own(self):
+        model = one_layer(1.4)
+        tracker = OscillationTracker(model, momentum=0.5, count_total=True)
+        state = self.ticked(model, tracker, [((1.4,), 1.0), ((1.6,), 0.9), ((1.2,), 1.0)])
+        assert (state.total.item(), state.total_by_scale.item()) == (1, 0)
+
+    def test_share_is_of_recent_oscillations_of_all_layers(self):
+        model = one_layer(1.45, 1.4, 0.0, 0.0)
+        tracker = OscillationTracker(model, momentum=0.5)
+        steps = [((1.45, w, 0.0, 0.0), s) for w, s in ((1.4, 1.0), (1.6, 0.97), (1.4, 1.0))]
+        self.ticked(model, tracker, steps)
+        # 1.45 / 0.97 = 1.495, so only the second weight oscillates, by itself
+        assert tracker.scale_caused_fraction == 0.0
+        self.ticked(model, tracker, [((1.45, 1.4, 0.0, 0.0), s) for s in (0.9, 1.0)])
+        # the first has moved up and down with the scale, the second too: 1.4 / 0.9 = 1.56
+        assert 0.5 < tracker.scale_caused_fraction < 1.0
+
+    def test_zero_point_counts_as_part_of_the_scale(self):
+        model = nn.Sequential(nn.Linear(1, 1, bias=False))
+        prepare_qat(model, OscQATConfig(activation_bits=None, first_last_bits=4, weight_scheme="asymmetric"))
+        set_integers(model, 1.0)
+        tracker = OscillationTracker(model, momentum=0.5, count_total=True)
+        for zero_point in (3.0, 4.0, 3.0):
+            model[0].weight_quantizer.set_range(torch.ones(1), torch.tensor([zero_point]))
+            tracker.tick()
         state = model[0].oscillation
-        assert sum(b.numel() * b.element_size() for b in state.buffers()) <= 10 * model[0].latent_weight.numel()
+        assert (state.total.item(), state.total_by_scale.item()) == (1, 1)
 
 
 class TestWhatIsTracked:
