@@ -63,7 +63,8 @@ class OscQATConfig(QuantizationConfigMixin):
         overrides: `{name pattern: {"weight_bits": .., "activation_bits": ..}}`; patterns are fnmatch globs on module
             names without `timm_model.`, later ones win, and they win over `first_last_bits`.
         modules_to_not_convert: patterns of layers that stay float altogether.
-        range_estimator: initial ranges, one of `"mse"`, `"minmax"`, `"running_minmax"`, `"percentile"`.
+        range_estimator: initial ranges, one of `"mse"`, `"minmax"`, `"running_minmax"`, `"percentile"`,
+            or `"mse_published"`, the candidates of the published search.
         gradient_estimator: how a gradient passes through rounding: `"ste"`, `"ewgs"`, `"stacked_sigmoid"`, `"dsq"`,
             `"psg"`, `"stochastic_rounding"` or `"additive_noise"`.
         gradient_estimator_args: its settings, such as `{"scaling_factor": 0.2}`; see

@@ -30,7 +30,7 @@ from hf_oscqat.quantization.functional import lsq_gradient_scale, to_int
 from hf_oscqat.quantization.gradient_estimators import make_gradient_estimator
 from hf_oscqat.quantization.layers import quantized_layers
 from hf_oscqat.quantization.quantizer import Quantizer
-from hf_oscqat.quantization.range_estimators import MSE, RunningMinMax
+from hf_oscqat.quantization.range_estimators import MSE, PublishedMSE, RunningMinMax
 from hf_oscqat.remedies.dampening import Dampening, DampeningSettings
 from hf_oscqat.remedies.freezing import Freezing, FreezingSettings
 
@@ -110,14 +110,20 @@ def test_range_estimators(case, golden):
         channels=len(batches[0]) if case["per_channel"] else None,
         dtype=torch.float64,
     )
-    search = MSE(quantizer)
+    published = PublishedMSE(quantizer, num_candidates=case["num_candidates"], range_margin=case["range_margin"])
+    ours = MSE(quantizer)
     for batch in batches:
-        search.update(batch)
-    scale, zero_point, signed = search.finish()
-    quantizer.set_range(scale, zero_point, signed=signed)
-    ours = squared_error(quantizer, batches)
-    quantizer.set_range(golden["scale"], golden.get("zero_point"), signed=signed)
-    assert ours <= squared_error(quantizer, batches) * (1 + 1e-7)
+        published.update(batch)
+        ours.update(batch)
+    same, better = published.finish(), ours.finish()
+    torch.testing.assert_close(same.scale.float(), golden["scale"], rtol=1e-5, atol=0)
+    if same.zero_point is not None:
+        assert torch.equal(same.zero_point.float(), golden["zero_point"].round())
+
+    quantizer.set_range(golden["scale"], golden.get("zero_point"), signed=better.signed)
+    theirs = squared_error(quantizer, batches)
+    quantizer.set_range(better.scale, better.zero_point, signed=better.signed)
+    assert squared_error(quantizer, batches) <= theirs * (1 + 1e-7)
 
 
 def squared_error(quantizer: Quantizer, batches: list[Tensor]) -> float:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.range_search import published_search
 from hf_oscqat.quantization.functional import fake_quantize
 from hf_oscqat.quantization.quantizer import Quantizer
 from hf_oscqat.quantization.range_estimators import (
@@ -11,6 +12,7 @@ from hf_oscqat.quantization.range_estimators import (
     RANGE_ESTIMATORS,
     MinMax,
     Percentile,
+    PublishedMSE,
     RunningMinMax,
 )
 
@@ -159,19 +161,6 @@ class TestAny:
         assert not quantizer.calibrated
         assert not quantizer.is_signed
 
-    @pytest.mark.parametrize("symmetric", [True, False])
-    @pytest.mark.parametrize("axis", [0, 1])
-    def test_each_channel_gets_the_range_it_would_get_alone(self, estimator, axis, symmetric):
-        x = torch.randn(3, 40, 2).movedim(0, axis) * torch.tensor([1.0, 10.0, 0.1]).view([-1] + [1] * (2 - axis))
-        quantizer = Quantizer(4, signed=True, symmetric=symmetric, channels=3, axis=axis)
-        found = grid(estimator(quantizer, keep_all=True), x)
-        for channel in range(3):
-            alone = Quantizer(4, signed=True, symmetric=symmetric)
-            single = grid(estimator(alone, keep_all=True), x.select(axis, channel))
-            torch.testing.assert_close(found.scale[channel], single.scale[0])
-            if not symmetric:
-                torch.testing.assert_close(found.zero_point[channel], single.zero_point[0])
-
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
     def test_value_that_is_not_finite_is_an_error(self, estimator, bad):
         with pytest.raises(ValueError, match="got values that are NaN or infinite"):
@@ -188,12 +177,6 @@ class TestAny:
     def test_zeros_are_an_error(self, estimator):
         with pytest.raises(ValueError, match="got nothing but zeros"):
             grid(estimator(Quantizer(4)), torch.zeros(4), torch.zeros(4))
-
-    def test_channel_of_zeros_takes_the_step_of_the_others(self, estimator):
-        x = torch.randn(3, 50)
-        x[1] = 0
-        found = grid(estimator(Quantizer(4, signed=True, channels=3), keep_all=True), x)
-        assert found.scale[1] == found.scale.max()
 
     def test_half_precision_values_get_the_range_of_the_same_values_in_float32(self, estimator):
         x = torch.randn(300).bfloat16()
@@ -239,3 +222,65 @@ class TestSampling:
         x.zero_()
         assert estimator.finish().scale.item() > 0
         assert estimator.samples[0].sum() > 0
+
+
+@pytest.mark.parametrize("estimator", [e for e in RANGE_ESTIMATORS.values() if e is not PublishedMSE])
+class TestChannels:
+    """As published, channels share one set of candidates in the published search; everywhere else each is alone."""
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_each_channel_gets_the_range_it_would_get_alone(self, estimator, axis, symmetric):
+        x = torch.randn(3, 40, 2).movedim(0, axis) * torch.tensor([1.0, 10.0, 0.1]).view([-1] + [1] * (2 - axis))
+        quantizer = Quantizer(4, signed=True, symmetric=symmetric, channels=3, axis=axis)
+        found = grid(estimator(quantizer, keep_all=True), x)
+        for channel in range(3):
+            alone = Quantizer(4, signed=True, symmetric=symmetric)
+            single = grid(estimator(alone, keep_all=True), x.select(axis, channel))
+            torch.testing.assert_close(found.scale[channel], single.scale[0])
+            if not symmetric:
+                torch.testing.assert_close(found.zero_point[channel], single.zero_point[0])
+
+    def test_channel_of_zeros_takes_the_step_of_the_others(self, estimator):
+        x = torch.randn(3, 50)
+        x[1] = 0
+        found = grid(estimator(Quantizer(4, signed=True, channels=3), keep_all=True), x)
+        assert found.scale[1] == found.scale.max()
+
+
+class TestPublished:
+    """The candidate that quantizing with each of them finds, one after the other."""
+
+    @pytest.mark.parametrize("bits", [2, 3, 4])
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("shift", [0.0, 0.6, 5.0], ids=["centred", "skewed", "positive"])
+    @pytest.mark.parametrize("per_channel", [False, True])
+    def test_is_the_one_found_by_quantizing(self, bits, symmetric, shift, per_channel):
+        batches = [
+            (torch.randn(3, 200) + shift).abs() if shift == 5 else torch.randn(3, 200) + shift for _ in range(2)
+        ]
+        quantizer = Quantizer(bits, symmetric=symmetric, channels=3 if per_channel else None)
+        found = grid(PublishedMSE(quantizer), *batches)
+        searched = published_search(batches, bits, symmetric=symmetric, signed=shift != 5, per_channel=per_channel)
+        quantizer.set_range(found.scale, found.zero_point, signed=found.signed)
+        ours = sum(
+            squared_error(b, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax) for b in batches
+        )
+        quantizer.set_range(searched.scale, searched.zero_point, signed=found.signed)
+        theirs = sum(
+            squared_error(b, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax) for b in batches
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+    def test_range_is_that_of_the_first_batch_with_its_margin(self):
+        first, second = torch.linspace(-1, 1, 1001), 100 * torch.linspace(-1, 1, 1001)
+        found = grid(PublishedMSE(Quantizer(8)), first, second)
+        assert found.scale.item() == pytest.approx(1.5 / 127)
+
+    def test_margin_is_too_coarse_for_small_weights(self):
+        x = 0.02 * torch.randn(5000)
+        errors = []
+        for estimator in (MSE, PublishedMSE):
+            scale = grid(estimator(Quantizer(4, signed=True), keep_all=True), x).scale
+            errors.append(squared_error(x, scale, None, -8, 7).item())
+        assert errors[0] < 0.98 * errors[1]
