@@ -19,9 +19,9 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from data import DataArguments
 from hf_oscqat import OscQATConfig, OscQATTrainingArguments
 from hf_oscqat.config import check_keys
+from hf_oscqat.integration.data import DataArguments
 
 USAGE = """usage: accelerate launch training/run_qat.py [RECIPE.yaml ..] [--KEY VALUE ..] [--quantization.KEY VALUE ..]
 
@@ -82,7 +82,7 @@ class Settings:
 
     Attributes:
         model: see `ModelArguments`.
-        data: see `data.DataArguments`.
+        data: see `DataArguments`.
         run: see `RunArguments`.
         training: see `OscQATTrainingArguments`.
         quantization: see `OscQATConfig`.

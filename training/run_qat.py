@@ -30,11 +30,18 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, Train
 from transformers.trainer_utils import get_last_checkpoint
 
 from arguments import ModelArguments, RunArguments, Settings, load_recipe, parse
-from data import ImageData, ImageDataset, build_transforms, collate, load_image_data, resolve_data_config
 from hf_oscqat import OscQATTrainer, OscQATTrainingArguments, calibrate, describe, pack, prepare_qat
 from hf_oscqat.checkpoint import packed_layers
 from hf_oscqat.config import OscQATConfig
 from hf_oscqat.hub.card import render_card
+from hf_oscqat.integration.data import (
+    ImageData,
+    ImageDataset,
+    build_transforms,
+    collate,
+    load_image_data,
+    resolve_data_config,
+)
 from hf_oscqat.integration.evaluate import Evaluation, accuracy_metrics, evaluate_accuracy, keep_top5
 from hf_oscqat.integration.models import timm_wrapper
 from hf_oscqat.integration.trainer import PickleFreeTrainer

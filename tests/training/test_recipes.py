@@ -11,8 +11,8 @@ import timm
 import torchvision.transforms as T
 import yaml
 
-from data import DataArguments, build_transforms, resolve_data_config
 from hf_oscqat import OscQATConfig, OscQATTrainingArguments
+from hf_oscqat.integration.data import DataArguments, build_transforms, resolve_data_config
 from hf_oscqat.remedies.dampening import DampeningSettings
 from hf_oscqat.remedies.freezing import FreezingSettings
 from run_qat import ModelArguments, RunArguments, load_recipe

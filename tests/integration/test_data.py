@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
-import data
+from hf_oscqat.integration import data
 
 PRETRAINED_CFG = {
     "input_size": (3, 24, 24),

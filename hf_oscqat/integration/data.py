@@ -1,4 +1,4 @@
-"""Image-classification data for `run_qat.py`: where images come from, what is checked, how they become tensors.
+"""Image-classification data: where images come from, what is checked, how they become tensors.
 
 Every source is reduced to the same small thing: labels in memory, images decoded on demand. Splitting, subsampling and
 dropping unreadable images then only change an array of indices, and a mistake in the data is reported before training
