@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BEFORE, AFTER = "#9a9a9a", "#1f6f8b"
@@ -57,8 +58,14 @@ def draw_distances(before: Mapping[str, Any], after: Mapping[str, Any], path: Pa
     _finish(figure, path)
 
 
+def tidy(axes: Axes, legend: Mapping[str, Any] | None = None) -> None:
+    """Take away what no reader needs, and show the legend if its options are given."""
+    axes.spines[["top", "right"]].set_visible(False)
+    if legend is not None:
+        axes.legend(frameon=False, **legend)
+
+
 def _finish(figure: Figure, path: Path) -> None:
     for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        tidy(axes, legend={})
     figure.savefig(path)

@@ -1,0 +1,103 @@
+"""What every study is: settings, a function that measures, and a result that is written and shown."""
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, is_dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study found.
+
+    Attributes:
+        rows: one dict per row of its table, all with the same keys.
+        figure: its picture.
+        finding: what the numbers say, in a sentence or two made from them.
+    """
+
+    rows: list[dict[str, Any]]
+    figure: Figure
+    finding: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that `oscqat study NAME` runs.
+
+    Attributes:
+        name: its name on the command line.
+        question: what it asks, in one line.
+        source: where the paper asks it.
+        settings: dataclass of its options; has `output_dir`.
+        run: measures.
+    """
+
+    name: str
+    question: str
+    source: str
+    settings: type[Any]
+    run: Callable[[Any], StudyResult]
+
+
+def write(study: Study, settings: Any, result: StudyResult) -> list[Path]:
+    """Write table, picture and everything needed to run the study again.
+
+    Args:
+        study: the study.
+        settings: what it was run with.
+        result: what it found.
+
+    Returns:
+        The files: `<name>.csv`, `<name>.png` and `<name>.json` in `settings.output_dir`.
+    """
+    folder = Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    table, picture, record = (folder / f"{study.name}.{ending}" for ending in ("csv", "png", "json"))
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(result.rows[0]))
+        writer.writeheader()
+        writer.writerows(result.rows)
+    result.figure.savefig(picture)
+    content = {
+        "study": study.name,
+        "question": study.question,
+        "source": study.source,
+        "finding": result.finding,
+        "settings": asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else {},
+        "rows": result.rows,
+        "versions": {name: version(name) for name in ("hf_oscqat", "torch", "timm", "transformers")},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "date": date.today().isoformat(),
+    }
+    record.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return [table, picture, record]
+
+
+def show(study: Study, result: StudyResult, files: list[Path], console: Console | None = None) -> None:
+    """Print the table, the finding and where the files are."""
+    console = console or Console()
+    table = Table(title=study.question, title_justify="left")
+    for column in result.rows[0]:
+        numeric = isinstance(result.rows[0][column], int | float)
+        table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
+    for row in result.rows:
+        table.add_row(*(_text(value) for value in row.values()))
+    console.print(table)
+    console.print(result.finding)
+    console.print(f"[dim]{study.source}. Written: {', '.join(map(str, files))}[/dim]", soft_wrap=True)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)

@@ -1,0 +1,198 @@
+"""What oscillating weights do to batch-norm: how far running statistics are off, and what re-estimation gives back.
+
+The running statistics average over steps in which oscillating weights had other integers. A weight of a depthwise
+convolution is one of few that its output sums over, so that one integer more or less moves the output's mean and
+variance by much; in a pointwise convolution hundreds average out (Nagel et al., ICML 2022, sec. 3.1, table 1).
+"""
+
+import copy
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_oscqat.prepare import short_name
+from hf_oscqat.quantization.layers import QUANTIZABLE
+from hf_oscqat.remedies.batchnorm import batchnorm_layers, reestimate_batchnorm
+from hf_oscqat.report.pictures import AFTER, BEFORE, OSCILLATING, tidy
+from hf_oscqat.studies.base import Study, StudyResult
+from hf_oscqat.studies.experiment import Experiment, ExperimentSettings
+
+KINDS = {"depthwise": OSCILLATING, "pointwise": AFTER, "full": BEFORE}
+
+
+@dataclass
+class BatchNormSettings(ExperimentSettings):
+    """Options of the studies of batch-norm."""
+
+    batches: int = field(default=50, metadata={"help": "Training batches that population statistics are taken from."})
+
+
+@dataclass
+class ReestimationSettings(BatchNormSettings):
+    """Options of the study of re-estimation."""
+
+    widths: list[int] = field(default_factory=lambda: [8, 4, 3], metadata={"help": "Widths of weights to compare."})
+    seeds: int = field(default=1, metadata={"help": "Trainings at each width."})
+
+
+def kl_divergence(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    """KL divergence of a normal distribution from another, per channel, in nats.
+
+    Formula: `KL(N(mean, var) || N(running_mean, running_var))
+    = (log(running_var / var) + (var + (mean - running_mean)^2) / running_var - 1) / 2`.
+
+    Args:
+        mean: of the population, `[channels]`.
+        var: of the population.
+        running_mean: of the batch-norm layer.
+        running_var: of the batch-norm layer.
+
+    Returns:
+        `[channels]`, at least 0 but for rounding.
+    """
+    return ((running_var / var).log() + (var + (mean - running_mean).square()) / running_var - 1) / 2
+
+
+def divergences(model: PreTrainedModel, experiment: Experiment, batches: int) -> dict[str, Tensor]:
+    """KL divergence of each batch-norm layer's running statistics from those of the training images now.
+
+    Args:
+        model: left as it is.
+        experiment: for its images.
+        batches: training batches that the population statistics are taken from.
+
+    Returns:
+        Name of layer -> `[channels]`. Channels that never vary are left out.
+    """
+    fresh = copy.deepcopy(model)
+    reestimate_batchnorm(fresh, experiment.training_batches(batches), total_variance=True)
+    names = {id(module): name for name, module in fresh.named_modules()}
+    found = {}
+    for old, new in zip(batchnorm_layers(model), batchnorm_layers(fresh), strict=True):
+        assert new.running_mean is not None and new.running_var is not None
+        assert old.running_mean is not None and old.running_var is not None
+        varies = (new.running_var > 1e-10) & (old.running_var > 1e-10)
+        statistics = (new.running_mean, new.running_var, old.running_mean, old.running_var)
+        found[short_name(names[id(new)])] = kl_divergence(*(s[varies].double() for s in statistics))
+    return found
+
+
+def kinds_of_convolutions(model: nn.Module) -> dict[str, str]:
+    """Name of each batch-norm layer -> kind of the convolution defined before it: depthwise, pointwise or full."""
+    kinds, kind = {}, "full"
+    for name, module in model.named_modules():
+        if isinstance(module, QUANTIZABLE):
+            shape: Any = module.weight.shape
+            groups = getattr(module, "groups", 1)
+            kind = "depthwise" if groups > 1 and shape[1] == 1 else "pointwise" if shape[2:].numel() == 1 else "full"
+        elif any(module is layer for layer in batchnorm_layers(module)):
+            kinds[short_name(name)] = kind
+    return kinds
+
+
+def run_divergence(settings: BatchNormSettings) -> StudyResult:
+    """Compare running with population statistics after plain low-bit training, and in the float model."""
+    experiment = Experiment(settings)
+    model = experiment.train("lsq")
+    on_grid = divergences(model, experiment, settings.batches)
+    in_float = divergences(experiment.float_model, experiment, settings.batches)
+    kinds = kinds_of_convolutions(model)
+    rows: list[dict[str, Any]] = [
+        {
+            "layer": name,
+            "convolution": kinds[name],
+            "mean_kl": values.mean().item(),
+            "max_kl": values.max().item(),
+            "mean_kl_in_float": in_float[name].mean().item(),
+        }
+        for name, values in on_grid.items()
+    ]
+    means = _by_kind(rows, "mean_kl")
+    floats = _by_kind(rows, "mean_kl_in_float")
+    finding = f"Mean KL divergence with {settings.weight_bits}-bit weights (in float): " + ", ".join(
+        f"{kind} {means[kind]:.4g} ({floats[kind]:.4g})" for kind in means
+    )
+    return StudyResult(rows, _draw_divergence(rows), finding + ".")
+
+
+def _by_kind(rows: list[dict[str, Any]], key: str) -> dict[str, float]:
+    values = {kind: [row[key] for row in rows if row["convolution"] == kind] for kind in KINDS}
+    return {kind: fmean(found) for kind, found in values.items() if found}
+
+
+def run_reestimation(settings: ReestimationSettings) -> StudyResult:
+    """Measure accuracy before and after re-estimation at each width, and in float."""
+    experiment = Experiment(settings)
+    rows = [_before_and_after(experiment, experiment.float_model, "float", settings)]
+    for bits in settings.widths:
+        for seed in range(settings.seed, settings.seed + settings.seeds):
+            model = experiment.train("lsq", seed=seed, weight_bits=bits)
+            rows.append(_before_and_after(experiment, model, f"{bits} bits, seed {seed}", settings))
+    gains = ", ".join(f"{row['weights']}: {row['after'] - row['before']:+.2f}" for row in rows)
+    return StudyResult(
+        rows, _draw_reestimation(rows), f"Change of top-1 accuracy by re-estimation, in points: {gains}."
+    )
+
+
+def _before_and_after(
+    experiment: Experiment, model: PreTrainedModel, weights: str, settings: ReestimationSettings
+) -> dict[str, Any]:
+    fresh = copy.deepcopy(model)
+    reestimate_batchnorm(fresh, experiment.training_batches(settings.batches))
+    return {
+        "weights": weights,
+        "before": experiment.accuracy(model),
+        "after": experiment.accuracy(fresh),
+        "loss_before": experiment.training_loss(model),
+        "loss_after": experiment.training_loss(fresh),
+    }
+
+
+def _draw_divergence(rows: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(8, 0.5 + 0.16 * len(rows)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for kind, colour in KINDS.items():
+        chosen = [(i, row) for i, row in enumerate(rows) if row["convolution"] == kind]
+        if chosen:
+            axes.barh([i for i, _ in chosen], [row["mean_kl"] for _, row in chosen], color=colour, label=kind)
+    axes.scatter(
+        [row["mean_kl_in_float"] for row in rows], range(len(rows)), color="black", s=5, label="in the float model"
+    )
+    axes.set_yticks(range(len(rows)), [row["layer"] for row in rows], fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set(xlabel="KL divergence of running from population statistics, mean over channels, nats")
+    tidy(axes, legend={"loc": "lower right"})
+    return figure
+
+
+def _draw_reestimation(rows: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(6.4, 3.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for key, offset, colour in (("before", -0.2, BEFORE), ("after", 0.2, AFTER)):
+        axes.bar([i + offset for i in range(len(rows))], [row[key] for row in rows], 0.38, color=colour, label=key)
+    axes.set_xticks(range(len(rows)), [row["weights"].replace(", ", "\n") for row in rows])
+    lowest = min(min(row["before"], row["after"]) for row in rows)
+    axes.set(ylabel="top-1 accuracy, %", ylim=(max(0, lowest - 5), 100))
+    tidy(axes, legend={"loc": "lower left"})
+    return figure
+
+
+DIVERGENCE = Study(
+    name="batchnorm",
+    question="How far are batch-norm's running statistics from those of the network, layer by layer?",
+    source="Nagel et al. (ICML 2022), sec. 3.1, table 1",
+    settings=BatchNormSettings,
+    run=run_divergence,
+)
+REESTIMATION = Study(
+    name="reestimation",
+    question="How much accuracy does re-estimating batch-norm statistics give back, at which width?",
+    source="Nagel et al. (ICML 2022), sec. 3.1, table 2",
+    settings=ReestimationSettings,
+    run=run_reestimation,
+)
