@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 import transformers
 from rich.console import Console
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _study(name: str | None, options: list[str]) -> int:
+    from hf_oscqat.config import check_keys
     from hf_oscqat.studies import STUDIES
     from hf_oscqat.studies.base import show, write
 
@@ -63,7 +65,11 @@ def _study(name: str | None, options: list[str]) -> int:
         epilog=f"example: oscqat study {name} --output_dir runs/studies",
         allow_abbrev=False,
     )
-    (settings,) = parser.parse_args_into_dataclasses(options, look_for_args_file=False)
+    settings, unknown = parser.parse_args_into_dataclasses(
+        options, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        check_keys([unknown[0].lstrip("-")], [f.name for f in fields(study.settings)], f"the options of study {name}")
     result = study.run(settings)
     show(study, result, write(study, settings, result), console)
     return 0

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "report": {"quantization", "remedies", "config", "prepare", "checkpoint", "report"},
     "hub": {"quantization", "remedies", "config", "prepare", "checkpoint", "report", "hub"},
     "integration": {"quantization", "remedies", "config", "prepare", "checkpoint", "report", "hub", "integration"},
+    "studies": {"quantization", "remedies", "config", "prepare", "report", "integration", "studies"},
 }
 EVERYTHING = {"__init__", "cli", "__main__"}
 MAY_NOT_IMPORT_OUTSIDE = {

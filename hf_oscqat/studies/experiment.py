@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Plain learned step sizes and the remedies, each an `OscQATConfig`; strengths for short runs."""
 
+ON_GRID = ("epochs", "learning_rate", "lr_scheduler_type", "scale_learning_rate", "weight_bits", "activation_bits")
+"""Settings that the float model does not depend on."""
+
 
 @dataclass
 class ExperimentSettings(DataArguments):
@@ -73,7 +76,14 @@ class ExperimentSettings(DataArguments):
     batch_size: int = field(default=64, metadata={"help": "Images in a batch."})
     float_learning_rate: float = field(default=3e-3, metadata={"help": "Of AdamW."})
     learning_rate: float = field(default=0.01, metadata={"help": "Of SGD on the grid."})
-    scale_learning_rate: float = field(default=1e-4, metadata={"help": "Of Adam for scales."})
+    lr_scheduler_type: str = field(
+        default="constant",
+        metadata={
+            "help": "Schedule of that rate. A constant one shows in minutes what long trainings spend most of their "
+            "time in; cosine is the published one."
+        },
+    )
+    scale_learning_rate: float = field(default=1e-5, metadata={"help": "Of Adam for scales."})
     weight_bits: int = field(default=3, metadata={"help": "Width of weights; the first and the last layer have 8."})
     activation_bits: int | None = field(
         default=None, metadata={"help": "Width of inputs; leave it out for float, as in the paper's studies."}
@@ -110,6 +120,12 @@ class Experiment:
         assert self.data.train is not None
         self.data.train.transform, self.data.validation.transform = build_transforms(data_config, settings)
         self.float_model = self._trained("float", {}, settings.seed, lambda: self._train_float(model))
+
+    @property
+    def device(self) -> torch.device:
+        """Where models are trained and measured."""
+        accelerator = None if self.settings.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
 
     def train(self, method: str, *, seed: int | None = None, **overrides: Any) -> PreTrainedModel:
         """Train a copy of the float model on the grid.
@@ -199,6 +215,7 @@ class Experiment:
         s = self.settings
         args = OscQATTrainingArguments(
             learning_rate=s.learning_rate,
+            lr_scheduler_type=s.lr_scheduler_type,
             scale_learning_rate=s.scale_learning_rate,
             weight_decay=5e-5,
             num_train_epochs=s.epochs,
@@ -241,10 +258,11 @@ class Experiment:
 
     def _trained(self, name: str, config: dict[str, Any], seed: int, train: Any) -> PreTrainedModel:
         """Load a model that was trained before with the same settings, or train and keep it."""
-        settings = {k: v for k, v in asdict(self.settings).items() if k not in ("output_dir", "num_workers", "seed")}
+        # Only what this class and the data know of: what a study measures with does not decide what is trained.
+        deciding = {f.name for f in fields(ExperimentSettings)} - {"output_dir", "num_workers", "seed"}
         if name == "float":
-            on_grid = ("epochs", "learning_rate", "scale_learning_rate", "weight_bits", "activation_bits")
-            settings = {k: v for k, v in settings.items() if k not in on_grid}
+            deciding -= set(ON_GRID)
+        settings = {key: getattr(self.settings, key) for key in sorted(deciding)}
         decided_by = {"settings": settings, "config": config, "seed": seed, "float_seed": self.settings.seed}
         key = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.folder / f"{name}-{key}"
@@ -256,4 +274,4 @@ class Experiment:
             beside = folder.with_name(f".{folder.name}.new")
             train().save_pretrained(beside)
             beside.rename(folder)
-        return timm_wrapper(str(folder), None).eval()
+        return timm_wrapper(str(folder), None).eval().to(self.device)

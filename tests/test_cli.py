@@ -1,0 +1,68 @@
+"""`oscqat`: what it says, what it refuses and with which status."""
+
+import pytest
+
+from hf_oscqat.cli import main
+from hf_oscqat.studies import STUDIES
+
+
+def test_study_without_a_name_lists_them(capsys):
+    assert main(["study"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in STUDIES)
+
+
+def test_unknown_study_is_an_error_that_lists_the_known(capsys):
+    assert main(["study", "toys"]) == 2
+    assert capsys.readouterr().err == f"error: got study 'toys', expected one of {', '.join(STUDIES)}\n"
+
+
+def test_toy_study_runs(tmp_path, capsys):
+    assert main(["study", "toy", "--output_dir", str(tmp_path), "--steps", "40", "--num_targets", "4"]) == 0
+    assert (tmp_path / "toy.png").is_file()
+    assert "bin_regularization" in capsys.readouterr().out
+
+
+def test_bad_setting_is_an_error(capsys):
+    assert main(["study", "toy", "--steps", "1"]) == 2
+    assert "expected at least 2 and at least 10" in capsys.readouterr().err
+
+
+def test_bad_data_is_an_error(tmp_path, capsys):
+    assert (
+        main(
+            [
+                "study",
+                "batchnorm",
+                "--output_dir",
+                str(tmp_path),
+                "--train_dir",
+                "nowhere",
+                "--validation_dir",
+                "nowhere",
+            ]
+        )
+        == 2
+    )
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_unknown_option_is_an_error_that_names_the_one_that_was_meant(capsys):
+    assert main(["study", "toy", "--stepz", "4"]) == 2
+    assert "got unknown key 'stepz' in the options of study toy. Did you mean 'steps'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["studies"], []])
+def test_unknown_words_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_help_of_each_study_has_an_example(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["study", name, "--help"])
+    assert stopped.value.code == 0
+    assert f"example: oscqat study {name} --output_dir" in capsys.readouterr().out
