@@ -195,7 +195,7 @@ def trajectory_model(case: dict[str, Any], golden: dict[str, Tensor]) -> nn.Modu
         if layer.input_quantizer is not None:
             layer.input_quantizer.set_range(
                 golden[f"init.{block}.input_scale"],
-                golden.get(f"init.{block}.input_zero_point"),
+                golden.get(f"init.{block}.input_zero_point", golden.get(f"init.{block}.input_zero_float")),
                 signed=bool(golden[f"init.{block}.input_signed"]),
             )
     return model
@@ -210,7 +210,8 @@ def quantizer_values(model: nn.Module) -> dict[str, Tensor]:
             quantizer = getattr(layer, f"{part}_quantizer")
             if quantizer is not None:
                 values[f"{block}.{part}_scale"] = quantizer.scale
-                values[f"{block}.{part}_zero_point"] = quantizer.zero_point
+                # The files of fake_quantize call it zero_float, for it is not rounded.
+                values[f"{block}.{part}_zero_point"] = values[f"{block}.{part}_zero_float"] = quantizer.zero_point
         if hasattr(layer, "oscillation"):
             values[f"{block}.frequency"] = layer.oscillation.frequency
             values[f"{block}.total_oscillations"] = layer.oscillation.total
