@@ -68,8 +68,11 @@ def _study(name: str | None, options: list[str]) -> int:
     settings, unknown = parser.parse_args_into_dataclasses(
         options, return_remaining_strings=True, look_for_args_file=False
     )
-    if unknown:
-        check_keys([unknown[0].lstrip("-")], [f.name for f in fields(study.settings)], f"the options of study {name}")
+    for word in unknown:
+        if not word.startswith("--"):
+            raise ValueError(f"got {word!r}, expected an option such as --output_dir runs/studies; see --help")
+        valid = [f.name for f in fields(study.settings)]
+        check_keys([word.removeprefix("--").partition("=")[0]], valid, f"the options of study {name}")
     result = study.run(settings)
     show(study, result, write(study, settings, result), console)
     return 0

@@ -69,7 +69,8 @@ class OscQATConfig(QuantizationConfigMixin):
             `"psg"`, `"stochastic_rounding"` or `"additive_noise"`.
         gradient_estimator_args: its settings, such as `{"scaling_factor": 0.2}`; see
             `hf_oscqat.quantization.gradient_estimators`.
-        scale_domain: learn each scale itself, `"linear"`, or its logarithm, `"log"`.
+        scale_domain: learn each scale itself, `"linear"`, or its logarithm, `"log"`, which wants a scale learning rate
+            about a hundred times as large.
         lsq_gradient_scaling: scale the gradients of scales as LSQ does; the published method does not.
         tracker_momentum: EMA step of oscillation frequencies, in (0, 1], where no remedy brings its own.
         batchnorm_reestimation_batches: training batches for re-estimating batch-norm statistics before each
@@ -119,7 +120,9 @@ class OscQATConfig(QuantizationConfigMixin):
         _check_choice("range_estimator", self.range_estimator, tuple(RANGE_ESTIMATORS))
         _check_choice("gradient_estimator", self.gradient_estimator, tuple(GRADIENT_ESTIMATORS))
         _check_choice("scale_domain", self.scale_domain, ("linear", "log"))
-        args = self.gradient_estimator_args = self.gradient_estimator_args or {}
+        if self.gradient_estimator_args is None:
+            self.gradient_estimator_args = {}
+        args = self.gradient_estimator_args
         if not isinstance(args, Mapping):
             raise ValueError(f"got gradient_estimator_args={args!r}, expected a mapping of the estimator's arguments")
         self.make_gradient_estimator()

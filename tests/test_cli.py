@@ -52,6 +52,12 @@ def test_unknown_option_is_an_error_that_names_the_one_that_was_meant(capsys):
     assert "got unknown key 'stepz' in the options of study toy. Did you mean 'steps'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["steps", "40"], ["-steps", "40"], ["--steps", "40", "80"]])
+def test_words_that_nothing_reads_are_an_error(words, capsys):
+    assert main(["study", "toy", *words]) == 2
+    assert "expected an option such as" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [["studies"], []])
 def test_unknown_words_are_refused(argv, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -42,7 +42,7 @@ BAD_VALUES = [
     ("range_estimator", "mean"),
     ("range_estimator", None),
     ("gradient_estimator", "straight"),
-    ("gradient_estimator_args", [1.0]),
+    *(("gradient_estimator_args", value) for value in ([1.0], [], 0)),
     ("scale_domain", "natural"),
     ("checkpoint_format", "safetensors"),
     *(("tracker_momentum", value) for value in (0, -0.1, 1.5, float("nan"), "fast", None)),

@@ -239,7 +239,7 @@ class OscQATTrainer(PickleFreeTrainer):
         )
         model = self.accelerator.unwrap_model(self.model)
         shown = not self.args.disable_tqdm and self.is_local_process_zero()
-        with _fixed_randomness(self.args.seed):
+        with fixed_randomness(self.args.seed):
             progress = tqdm(loader, desc="Re-estimating batch-norm", leave=False, disable=not shown)
             images = (self._images(batch) for batch in progress)
             reestimate_batchnorm(model, images, total_variance=self.oscqat_config.batchnorm_total_variance)
@@ -310,7 +310,7 @@ def _constant(step: int) -> float:
 
 
 @contextlib.contextmanager
-def _fixed_randomness(seed: int) -> Iterator[None]:
+def fixed_randomness(seed: int) -> Iterator[None]:
     """Draw the same augmentations each time, and leave the generators that training uses as they were."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():

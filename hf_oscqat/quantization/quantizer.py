@@ -176,7 +176,8 @@ class Quantizer(nn.Module):
         position = x / broadcast_to_axis(self.scale, x.ndim, self.axis)
         if self.zero_point is None:
             return position
-        return position + broadcast_to_axis(self.zero_point, x.ndim, self.axis).round()
+        zero = broadcast_to_axis(self.zero_point, x.ndim, self.axis).round()
+        return position + zero.clamp(self.qmin, self.qmax)
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize `x`.
@@ -247,8 +248,10 @@ class Quantizer(nn.Module):
 class LogScaleQuantizer(Quantizer):
     """A quantizer that learns the logarithm of its scale: `scale = 2 ** log2_scale`.
 
-    The scale is positive whatever the optimizer does, and a step of the optimizer changes it by a share of itself. For
-    the gradient of the linear quantizer, `dL/dlog2_scale = dL/dscale * scale * ln(2)`.
+    No step of the optimizer makes the scale negative, and each changes it by a share of itself: with Adam by about
+    `0.69 * learning_rate`, where a linear scale s changes by about `learning_rate / s`. So take a larger rate than for
+    linear scales, some 1e-3 where those have 1e-5. For the gradient of the linear quantizer,
+    `dL/dlog2_scale = dL/dscale * scale * ln(2)`.
 
     Source: Jain et al., "Trained Quantization Thresholds for Accurate and Efficient Fixed-Point Inference of Deep
     Neural Networks" (MLSys 2020), sec. 3.3; without their restriction to powers of two.

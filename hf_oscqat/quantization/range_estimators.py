@@ -53,7 +53,7 @@ class RangeEstimator(ABC):
         """
         if x.numel() == 0:
             raise ValueError("got no values, expected a batch that is not empty")
-        rows = self._rows(x)
+        rows = self._rows(x.cpu() if x.device.type == "mps" else x)  # which has no float64
         low, high = rows.amin(1), rows.amax(1)
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise ValueError("got values that are NaN or infinite, expected finite ones: no range can be found")
@@ -177,39 +177,74 @@ class Percentile(_Sampling):
 class MSE(_Sampling):
     """The range with the least squared error between the values and their quantized form.
 
-    The candidates are relative to the data's own range: 100 of them, then 20 between the neighbours of the best. (The
-    published search adds a fixed 0.5 to the range, so that only about 9 of its 100 candidates are of use for a layer
-    whose weights stay within 0.05.) An asymmetric grid is searched over both ends.
+    The candidates are relative to the data's own range, 100 of them, and around the best few 41 each; an asymmetric
+    grid is searched over both ends. Those of the published search are among them. (It adds 0.5 to the range, so
+    that only about 9 of its 100 candidates are of use for a layer whose weights stay within 0.05; but the error has
+    several minima, and now and then one of them is the lowest.)
     """
 
     COARSE = 100
     FINE = 20
+    REFINED = 5
+    """Candidates whose neighbourhood is searched."""
+
+    num_candidates: int = 100
+    range_margin: float = 0.5
+
+    def _accumulate(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
+        if self.batches == 0:
+            self.lowest = low.min().double() - self.range_margin
+            self.highest = high.max().double() + self.range_margin
+        super()._accumulate(rows, low, high)
 
     def _grid(self, signed: bool) -> tuple[Tensor, Tensor | None]:
         assert self.low is not None and self.high is not None
         low, high = self.low.double().clamp(max=0), self.high.double().clamp(min=0)
         error_of = _SquaredError(torch.cat(self.samples, 1), self.quantizer.num_bits)
+        widest = torch.maximum(-low, high)[:, None]
+        has_range = (widest > 0).double()  # a channel of zeros leaves all candidates at 0
         if self.quantizer.symmetric:
-            widest = torch.maximum(-low, high)
-            steps = torch.linspace(1 / self.COARSE, 1, self.COARSE).to(widest)
+            coarse = widest * torch.linspace(1 / self.COARSE, 1, self.COARSE).to(widest)
+            limits = torch.cat([coarse, has_range * self._published_limits()], 1)
+            best = limits.gather(1, self._symmetric_error(error_of, limits, signed).argsort(1)[:, : self.REFINED])
             fine = torch.linspace(-1, 1, 2 * self.FINE + 1).to(widest) / self.COARSE
-            best = self._best_symmetric(error_of, widest[:, None] * steps, signed)
-            best = self._best_symmetric(error_of, best[:, None] + widest[:, None] * fine, signed)
-            return self._grid_of_range(-best, best, signed)
+            around = (best[..., None] + widest[..., None] * fine).flatten(1)
+            limit = self._best_symmetric(error_of, torch.cat([best, around], 1), signed)
+            return self._grid_of_range(-limit, limit, signed)
 
+        published = [has_range * ends for ends in self._published_ends()]
         for steps in (torch.linspace(0.05, 1, 20), 1 + torch.linspace(-0.1, 0.1, 21)):
             lows, highs = low[:, None] * steps.to(low), high[:, None] * steps.to(low)
+            lows, highs = lows.repeat_interleave(len(steps), 1), highs.repeat(1, len(steps))
             low, high = self._best_asymmetric(
-                error_of, lows.repeat_interleave(len(steps), 1), highs.repeat(1, len(steps))
+                error_of, torch.cat([lows, published[0]], 1), torch.cat([highs, published[1]], 1)
             )
         return self._grid_of_range(low, high, signed)
 
-    def _best_symmetric(self, error_of: "_SquaredError", limits: Tensor, signed: bool) -> Tensor:
+    def _published_limits(self) -> Tensor:
+        widest = torch.maximum(-self.lowest, self.highest)
+        return widest * torch.arange(1, self.num_candidates + 1).to(widest) / self.num_candidates
+
+    def _published_ends(self) -> tuple[Tensor, Tensor]:
+        limits = self._published_limits()
+        if self.lowest + self.range_margin >= 0:
+            return torch.zeros_like(limits).float(), limits.float()
+        most = 2**self.quantizer.num_bits // 4 - 1
+        shifts = torch.arange(-most, most + 1).to(limits) * 2 / (2**self.quantizer.num_bits - 1)
+        lows = torch.outer(limits, shifts - 1).flatten().clamp(min=self.lowest)
+        highs = torch.outer(limits, shifts + 1).flatten().clamp(max=self.highest)
+        # In float32, as published: a range that is not cut puts zero halfway between two steps of the grid, and which
+        # of them it is rounded to is decided by the last digit.
+        return lows.float(), highs.float()
+
+    def _symmetric_error(self, error_of: "_SquaredError", limits: Tensor, signed: bool) -> Tensor:
         scale, _ = self._grid_of_range(-limits, limits, signed)
         qmin = -(2 ** (self.quantizer.num_bits - 1)) if signed else 0
-        error = error_of(scale, torch.full_like(scale, -qmin))
-        error = torch.where(scale > 0, error, torch.inf)
-        return limits.gather(1, error.argmin(1, keepdim=True)).squeeze(1)
+        return torch.where(scale > 0, error_of(scale, torch.full_like(scale, -qmin)), torch.inf)
+
+    def _best_symmetric(self, error_of: "_SquaredError", limits: Tensor, signed: bool) -> Tensor:
+        best = self._symmetric_error(error_of, limits, signed).argmin(1, keepdim=True)
+        return limits.gather(1, best).squeeze(1)
 
     def _best_asymmetric(self, error_of: "_SquaredError", lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero_point = self._grid_of_range(lows, highs, signed=False)
@@ -223,9 +258,8 @@ class MSE(_Sampling):
 class PublishedMSE(MSE):
     """The published search for the least squared error: `num_candidates` equal steps of the first batch's range.
 
-    It chooses what the published code chooses, by the same fast sums as `MSE`. For layers with small weights the
-    margin makes most candidates too wide to be of use, and all channels share them; take `MSE` unless you need the
-    published numbers.
+    It chooses what the published code chooses, by the same fast sums as `MSE`, and from the same sample where a batch
+    is large. All channels share the candidates. Take `MSE` unless you need the published numbers.
 
     Asymmetric grids: each candidate range `[-t, t]` is also shifted by whole steps of its grid to either side, by less
     than a quarter of them, and cut to the data's range with its margin. Data without negatives takes `[0, t]`.
@@ -242,30 +276,13 @@ class PublishedMSE(MSE):
     num_candidates: int = 100
     range_margin: float = 0.5
 
-    def _accumulate(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
-        if self.batches == 0:
-            self.lowest = low.min().double() - self.range_margin
-            self.highest = high.max().double() + self.range_margin
-        super()._accumulate(rows, low, high)
-
     def _grid(self, signed: bool) -> tuple[Tensor, Tensor | None]:
         error_of = _SquaredError(torch.cat(self.samples, 1), self.quantizer.num_bits)
         rows = len(self.samples[0])
-        widest = torch.maximum(-self.lowest, self.highest)
-        limits = widest * torch.arange(1, self.num_candidates + 1).to(widest) / self.num_candidates
         if self.quantizer.symmetric:
-            best = self._best_symmetric(error_of, limits.expand(rows, -1), signed)
+            best = self._best_symmetric(error_of, self._published_limits().expand(rows, -1), signed)
             return self._grid_of_range(-best, best, signed)
-        if self.lowest + self.range_margin >= 0:
-            lows, highs = torch.zeros_like(limits), limits
-        else:
-            most = 2**self.quantizer.num_bits // 4 - 1
-            shifts = torch.arange(-most, most + 1).to(widest) * 2 / (2**self.quantizer.num_bits - 1)
-            lows = torch.outer(limits, shifts - 1).flatten().clamp(min=self.lowest)
-            highs = torch.outer(limits, shifts + 1).flatten().clamp(max=self.highest)
-        # In float32, as published: a range that is not cut puts zero halfway between two steps of the grid, and which
-        # of them it is rounded to is decided by the last digit.
-        lows, highs = (ends.float().expand(rows, -1) for ends in (lows, highs))
+        lows, highs = (ends.expand(rows, -1) for ends in self._published_ends())
         low, high = self._best_asymmetric(error_of, lows, highs)
         return self._grid_of_range(low, high, signed)
 

@@ -43,8 +43,9 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch], *, total_va
     """Set the running statistics of every batch-norm layer to the average over `batches`, in place.
 
     Dropout and everything else stay in evaluation mode, the oscillation tracker sees nothing, and each module is
-    left in the mode it was in. Under `torch.distributed` the average is over the batches of all processes, and every
-    process must call it. A model without batch-norm is left alone and no batch is read.
+    left in the mode it was in. A layer that the forward does not reach keeps its statistics. Under `torch.distributed`
+    the average is over the batches of all processes, and every process must call it. A model without batch-norm is
+    left alone and no batch is read.
 
     Args:
         model: any model.
@@ -78,7 +79,11 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch], *, total_va
         if seen == 0:
             raise ValueError("got no batches for batch-norm re-estimation, expected at least one")
         _sum_over_processes([part for its_sums in sums for part in its_sums.parts])
-        for layer, its_sums in zip(layers, sums, strict=True):
+        for layer, its_sums, (mean, var) in zip(layers, sums, saved, strict=True):
+            if not its_sums.seen:  # by a forward that goes another way, as with an auxiliary head
+                _fill(layer.running_mean, mean)
+                _fill(layer.running_var, var)
+                continue
             for statistic, average in zip((layer.running_mean, layer.running_var), its_sums.averages(), strict=True):
                 _fill(statistic, average)
         finished = True
@@ -122,6 +127,10 @@ class _StatisticSums:
         self.weight += count
         self.mean += count * mean
         self.square += (count - 1) * var + count * mean.square() if self.total_variance else var
+
+    @property
+    def seen(self) -> bool:
+        return bool(self.weight > 0)
 
     def averages(self) -> tuple[Tensor, Tensor]:
         mean = self.mean / self.weight

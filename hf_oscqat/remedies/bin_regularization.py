@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_oscqat.quantization.functional import broadcast_to_axis
+from hf_oscqat.quantization.functional import broadcast_to_axis, is_frozen
 from hf_oscqat.quantization.layers import quantized_layers
 from hf_oscqat.remedies.base import Remedy
 from hf_oscqat.remedies.schedules import check_anneal_start
@@ -22,7 +22,8 @@ def bin_regularization_loss(model: nn.Module) -> Tensor:
     """Sum over layers, channels of scales and bins of `(mean(w) - centre)^2 + var(w)`, over the weights w of a bin.
 
     The variance is that of a sample (over n - 1), and counts in bins of at least two weights. Clipped weights are in
-    no bin, and frozen ones are where their integer is. Scales get no gradient, as in dampening.
+    no bin, and neither are frozen ones, of which the latent weight means nothing. Scales get no gradient, as in
+    dampening.
 
     Args:
         model: a model that `prepare_qat` has prepared.
@@ -43,7 +44,10 @@ def bin_regularization_loss(model: nn.Module) -> Tensor:
         # Distances to the centre have the variance of the weights and the mean that is wanted, and lose no digits.
         distance = weight - quantizer.to_real(w_int)
         position = quantizer.to_grid(weight.detach()).round()
-        in_bin = ((position >= quantizer.qmin) & (position <= quantizer.qmax)).to(distance.dtype).flatten()
+        kept = (position >= quantizer.qmin) & (position <= quantizer.qmax)
+        if quantizer.frozen_int is not None:
+            kept &= ~is_frozen(quantizer.frozen_int)
+        in_bin = kept.to(distance.dtype).flatten()
         levels = quantizer.qmax - quantizer.qmin + 1
         index = (w_int - quantizer.qmin).long()
         if quantizer.per_channel:

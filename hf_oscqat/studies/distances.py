@@ -10,7 +10,7 @@ from hf_oscqat.remedies.tracker import OscillationTracker
 from hf_oscqat.report.pictures import AFTER, BEFORE, tidy
 from hf_oscqat.report.recorder import DistanceHistogram, distance_histogram
 from hf_oscqat.studies.base import Study, StudyResult
-from hf_oscqat.studies.experiment import METHODS, TRACKER_MOMENTUM, Experiment, ExperimentSettings
+from hf_oscqat.studies.experiment import METHODS, OSCILLATING_ABOVE, TRACKER_MOMENTUM, Experiment, ExperimentSettings
 
 
 def run(settings: ExperimentSettings) -> StudyResult:
@@ -22,7 +22,7 @@ def run(settings: ExperimentSettings) -> StudyResult:
         model = experiment.train(method)
         fresh = copy.deepcopy(model)
         reestimate_batchnorm(fresh, experiment.training_batches(50))
-        tracker = OscillationTracker(model, momentum=TRACKER_MOMENTUM)
+        tracker = OscillationTracker(model, momentum=TRACKER_MOMENTUM, oscillating_above=OSCILLATING_ABOVE)
         histograms[method] = distance_histogram(model)
         rows.append(
             {

@@ -6,11 +6,13 @@ that was stopped, or another one, need not train them again.
 
 import copy
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from itertools import islice
+from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ from hf_oscqat.config import OscQATConfig
 from hf_oscqat.integration.data import (
     DataArguments,
     ImageData,
-    ImageDataset,
     build_transforms,
     collate,
     load_image_data,
@@ -32,7 +33,7 @@ from hf_oscqat.integration.data import (
 )
 from hf_oscqat.integration.evaluate import evaluate_accuracy
 from hf_oscqat.integration.models import timm_wrapper
-from hf_oscqat.integration.trainer import OscQATTrainer, OscQATTrainingArguments
+from hf_oscqat.integration.trainer import OscQATTrainer, OscQATTrainingArguments, fixed_randomness
 from hf_oscqat.prepare import calibrate, prepare_qat
 
 logger = logging.getLogger(__name__)
@@ -40,13 +41,16 @@ logger = logging.getLogger(__name__)
 TRACKER_MOMENTUM = 0.02
 """Memory of 50 steps: the default training has a few hundred."""
 
+OSCILLATING_ABOVE = 0.03
+"""Frequency from which a weight counts as oscillating: more than one oscillation within that memory."""
+
 METHODS: dict[str, dict[str, Any]] = {
     "lsq": {},
     "dampening": {"dampening": {"weight": 0.0, "weight_final": 1.0, "anneal_start": 0.25}},
     "freezing": {
         "freezing": {"threshold": 0.1, "threshold_final": 0.02, "anneal_start": 0.25, "momentum": TRACKER_MOMENTUM}
     },
-    "bin_regularization": {"bin_regularization": {"weight": 1.0, "anneal_start": 0.25}},
+    "bin_regularization": {"bin_regularization": {"weight": 0.1, "anneal_start": 0.25}},
 }
 """Plain learned step sizes and the remedies, each an `OscQATConfig`; strengths for short runs."""
 
@@ -118,6 +122,11 @@ class Experiment:
         model = timm_wrapper(settings.model_name_or_path, self.data.class_names, pretrained=settings.pretrained)
         data_config = resolve_data_config(dict(model.timm_model.pretrained_cfg or {}), settings)
         assert self.data.train is not None
+        if len(self.data.train) < settings.batch_size:
+            raise ValueError(
+                f"got batch_size={settings.batch_size} and {len(self.data.train)} training images, expected at least "
+                "one full batch"
+            )
         self.data.train.transform, self.data.validation.transform = build_transforms(data_config, settings)
         self.float_model = self._trained("float", {}, settings.seed, lambda: self._train_float(model))
 
@@ -173,9 +182,9 @@ class Experiment:
         return 100 * measured.accuracy
 
     def training_batches(self, count: int, *, seed: int = 0, labels: bool = False) -> Iterator[dict[str, Any]]:
-        """Yield random training batches, the same for the same seed; at most one pass over the images."""
-        assert self.data.train is not None
-        return islice(self._batches(self.data.train, seed, labels), count)
+        """Yield random training batches, the same for the same seed; as many passes over the images as it takes."""
+        passes = chain.from_iterable(self._one_pass(seed + 1000 * i, labels) for i in itertools.count())
+        return islice(passes, count)
 
     @torch.no_grad()
     def training_loss(self, model: nn.Module, count: int = 16) -> float:
@@ -190,20 +199,22 @@ class Experiment:
             images += len(labels)
         return total / images
 
-    def _batches(self, dataset: ImageDataset, seed: int, labels: bool) -> Iterator[dict[str, Any]]:
-        with torch.random.fork_rng():
-            set_seed(seed)
-            loader = DataLoader(
-                dataset,
-                batch_size=self.settings.batch_size,
-                shuffle=True,
-                generator=torch.Generator().manual_seed(seed),
-                collate_fn=collate,
-                num_workers=self.settings.num_workers,
-                drop_last=True,
-            )
-            for batch in loader:
-                yield batch if labels else {"pixel_values": batch["pixel_values"]}
+    def _one_pass(self, seed: int, labels: bool) -> Iterator[dict[str, Any]]:
+        assert self.data.train is not None
+        loader = DataLoader(
+            self.data.train,
+            batch_size=self.settings.batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(seed),
+            collate_fn=collate,
+            num_workers=self.settings.num_workers,
+            drop_last=True,
+        )
+        batches = iter(loader)
+        for i in range(len(loader)):
+            with fixed_randomness(seed + i):  # of the augmentation; the caller's own goes on as if nothing were drawn
+                batch = next(batches)
+            yield batch if labels else {"pixel_values": batch["pixel_values"]}
 
     def _prepared(self, config: OscQATConfig) -> PreTrainedModel:
         model = copy.deepcopy(self.float_model)
@@ -263,7 +274,16 @@ class Experiment:
         if name == "float":
             deciding -= set(ON_GRID)
         settings = {key: getattr(self.settings, key) for key in sorted(deciding)}
-        decided_by = {"settings": settings, "config": config, "seed": seed, "float_seed": self.settings.seed}
+        source = Path(self.settings.model_name_or_path)
+        if source.is_dir():
+            settings["files"] = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in source.iterdir())
+        decided_by = {
+            "version": version("hf_oscqat"),
+            "settings": settings,
+            "config": config,
+            "seed": seed,
+            "float_seed": self.settings.seed,
+        }
         key = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.folder / f"{name}-{key}"
         if (folder / "config.json").is_file():

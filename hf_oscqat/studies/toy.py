@@ -78,7 +78,12 @@ class ToyRun:
 
 def regress(config: OscQATConfig, settings: ToySettings) -> ToyRun:
     """Run one method on all targets."""
-    torch.manual_seed(settings.seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return _regress(config, settings)
+
+
+def _regress(config: OscQATConfig, settings: ToySettings) -> ToyRun:
     count = settings.num_targets
     targets = 1 + (torch.arange(count) + 1) / (count + 1)
     model = nn.Sequential(nn.Linear(1, count, bias=False))

@@ -264,7 +264,7 @@ class TestLogScale:
         assert list(dict(log.named_parameters())) == ["log2_scale"]
         assert list(log.state_dict()) == ["log2_scale"]
 
-    def test_stays_positive_after_an_absurd_step(self):
+    def test_stays_positive_after_a_large_step(self):
         _, log = self.pair()
         with torch.no_grad():
             log.log2_scale -= 50

@@ -75,6 +75,16 @@ def test_layer_that_is_called_twice_counts_both_calls():
     torch.testing.assert_close(layer.running_var, torch.cat([first, second]).var((0, 2, 3)))
 
 
+def test_layer_that_the_forward_does_not_reach_keeps_its_statistics(batches):
+    model = spoiled()
+    model[0].unused = nn.BatchNorm2d(4)
+    nn.init.constant_(model[0].unused.running_mean, 3.0)
+    reestimate_batchnorm(model, batches)
+    assert model[0].unused.running_mean.tolist() == [3.0] * 4
+    assert model[0].unused.running_var.tolist() == [1.0] * 4
+    assert model[1].running_mean.abs().max() < 10
+
+
 def test_nothing_is_left_hooked_to_the_layers(batches):
     model = spoiled()
     reestimate_batchnorm(model, batches)

@@ -2,7 +2,9 @@
 
 import csv
 import logging
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,11 +67,34 @@ def test_what_was_trained_is_taken_and_other_settings_train_anew(folder, caplog)
 
 def test_training_batches_repeat_with_their_seed_and_leave_the_generator_alone(folder):
     experiment = Experiment(ExperimentSettings(output_dir=str(folder), **TINY))
-    state = torch.get_rng_state()
+    state, others = torch.get_rng_state(), (random.getstate(), np.random.get_state()[1].tolist())
     first, second, other = (next(experiment.training_batches(1, seed=s))["pixel_values"] for s in (0, 0, 1))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == others
+
+
+def test_as_many_batches_come_as_are_asked_for(folder):
+    experiment = Experiment(ExperimentSettings(output_dir=str(folder), **TINY))
+    batches = [batch["pixel_values"] for batch in experiment.training_batches(9)]
+    assert len(batches) == 9, "there are 64 images, 4 batches"
+    assert not torch.equal(batches[0], batches[4])
+
+
+def test_batch_larger_than_the_data_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="got batch_size=65 and 64 training images"):
+        Experiment(ExperimentSettings(output_dir=str(tmp_path), **{**TINY, "batch_size": 65}))
+
+
+@pytest.mark.parametrize("name", ["batchnorm", "reestimation"])
+def test_network_without_batchnorm_is_an_error(name, tmp_path):
+    study = STUDIES[name]
+    settings = study.settings(
+        output_dir=str(tmp_path), **{**TINY, "model_name_or_path": "test_vit", "float_epochs": 0}
+    )
+    with pytest.raises(ValueError, match="got test_vit, which has no batch-norm"):
+        study.run(settings)
 
 
 def test_folder_of_images_takes_the_place_of_the_digits(tmp_path):

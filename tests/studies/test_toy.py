@@ -34,6 +34,12 @@ def test_other_slopes_oscillate_twice_the_distance_a_step(method):
     torch.testing.assert_close(run.frequency[away_from_ties], 2 * distance[away_from_ties], atol=0.04, rtol=0)
 
 
+def test_psg_oscillates_too():
+    run = regress("psg")
+    distance = (run.targets - run.targets.round()).abs()
+    assert bool((run.frequency > 1.3 * distance).all())
+
+
 @pytest.mark.parametrize("method", REMEDIES)
 def test_remedies_stop_it(method):
     assert regress(method).frequency.max() == 0
