@@ -61,10 +61,10 @@ def _draw(before: DistanceHistogram, after: dict[str, DistanceHistogram]) -> Fig
             axes.stairs([100 * c / total for c in shown.counts], edges, color=colour, label=label, linewidth=1.6)
         axes.set_title(method.replace("_", " "), loc="left", fontsize=9)
         axes.set(xlim=(-0.5, 0.5))
-        axes.set_ylim(bottom=0)
         tidy(axes)
     panels.flat[0].set_ylabel("low-bit weights, %")
-    panels.flat[0].legend(frameon=False, fontsize=7, loc="upper center")
+    panels.flat[0].set_ylim(bottom=0)
+    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     figure.supxlabel("distance of the latent weight to the nearest grid point, in grid steps", fontsize=9)
     return figure
 
