@@ -14,6 +14,8 @@ from hf_oscqat.quantization.range_estimators import RANGE_ESTIMATORS
 from hf_oscqat.remedies import REMEDIES, Remedy
 
 QUANT_METHOD = "oscqat"
+CALIBRATION_POLICY = {"never_called": "error", "no_range": "warn", "constant": "warn", "untouched_batchnorm": "warn"}
+"""What calibration does about each thing that can be wrong, unless the config says otherwise."""
 BITS = range(2, 9)
 
 
@@ -65,6 +67,10 @@ class OscQATConfig(QuantizationConfigMixin):
         modules_to_not_convert: patterns of layers that stay float altogether.
         range_estimator: initial ranges, one of `"mse"`, `"minmax"`, `"running_minmax"`, `"percentile"`,
             or `"mse_published"`, the candidates of the published search.
+        calibration_policy: "error" or "warn" for what can be wrong in calibration: a layer whose input quantizer is
+            `never_called`, values with `no_range` (nothing but zeros), `constant` inputs, and `untouched_batchnorm`
+            statistics, with which activations have no sensible range. Keys that are left out keep
+            `CALIBRATION_POLICY`.
         gradient_estimator: how a gradient passes through rounding: `"ste"`, `"ewgs"`, `"stacked_sigmoid"`, `"dsq"`,
             `"psg"`, `"stochastic_rounding"` or `"additive_noise"`.
         gradient_estimator_args: its settings, such as `{"scaling_factor": 0.2}`; see
@@ -99,6 +105,7 @@ class OscQATConfig(QuantizationConfigMixin):
     overrides: dict[str, dict[str, int | None]] = field(default_factory=dict)
     modules_to_not_convert: list[str] = field(default_factory=list)
     range_estimator: str = "mse"
+    calibration_policy: dict[str, str] = field(default_factory=dict)
     gradient_estimator: str = "ste"
     gradient_estimator_args: dict[str, Any] = field(default_factory=dict)
     scale_domain: str = "linear"
@@ -119,6 +126,7 @@ class OscQATConfig(QuantizationConfigMixin):
         _check_choice("activation_scheme", self.activation_scheme, ("symmetric", "asymmetric"))
         _check_choice("range_estimator", self.range_estimator, tuple(RANGE_ESTIMATORS))
         _check_choice("gradient_estimator", self.gradient_estimator, tuple(GRADIENT_ESTIMATORS))
+        self.calibration_policy = _calibration_policy(self.calibration_policy)
         _check_choice("scale_domain", self.scale_domain, ("linear", "log"))
         if self.gradient_estimator_args is None:
             self.gradient_estimator_args = {}
@@ -213,6 +221,16 @@ def _overrides(given: Any) -> dict[str, dict[str, int | None]]:
             check_keys([key], ("weight_bits", "activation_bits"), f"overrides[{pattern!r}]")
             _check_bits(f"overrides[{pattern!r}].{key}", value)
     return {pattern: dict(override) for pattern, override in given.items()}
+
+
+def _calibration_policy(given: Any) -> dict[str, str]:
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"got calibration_policy={given!r}, expected a mapping such as {{'no_range': 'error'}}")
+    check_keys(given, CALIBRATION_POLICY, "calibration_policy")
+    for key, value in given.items():
+        _check_choice(f"calibration_policy[{key!r}]", value, ("error", "warn"))
+    return CALIBRATION_POLICY | dict(given)
 
 
 def _is_int(value: Any) -> bool:

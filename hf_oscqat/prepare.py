@@ -3,7 +3,7 @@
 import copy
 import fnmatch
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
-from hf_oscqat.config import QUANT_METHOD, OscQATConfig
+from hf_oscqat.config import CALIBRATION_POLICY, QUANT_METHOD, OscQATConfig
 from hf_oscqat.quantization.functional import output_axis
 from hf_oscqat.quantization.gradient_estimators import STRAIGHT_THROUGH
 from hf_oscqat.quantization.layers import (
@@ -26,16 +26,13 @@ from hf_oscqat.quantization.layers import (
 )
 from hf_oscqat.quantization.packed import PackedLayer
 from hf_oscqat.quantization.quantizer import LogScaleQuantizer, Quantizer
-from hf_oscqat.quantization.range_estimators import RANGE_ESTIMATORS, RangeEstimator
-from hf_oscqat.remedies.batchnorm import Batch, forward_batch
+from hf_oscqat.quantization.range_estimators import RANGE_ESTIMATORS, GridParameters, NoRangeError, RangeEstimator
+from hf_oscqat.quantization.timm_layers import is_standardised, separate_qkv_bias, standardise
+from hf_oscqat.remedies.batchnorm import Batch, batchnorm_layers, forward_batch
 
 logger = logging.getLogger(__name__)
 
 REFUSED = {
-    "StdConv2d": "it standardises its weight after reading it",
-    "StdConv2dSame": "it standardises its weight after reading it",
-    "ScaledStdConv2d": "it standardises its weight after reading it",
-    "ScaledStdConv2dSame": "it standardises its weight after reading it",
     "CondConv2d": "it mixes several weights for each image",
     "MultiheadAttention": "it uses its weights without calling the layers that hold them",
     "LSTM": "recurrent layers are not supported",
@@ -107,9 +104,18 @@ def insert_quantizers(model: nn.Module, config: OscQATConfig, *, partial_model: 
     if any(True for _ in quantized_layers(model)):
         raise ValueError("got a model that is prepared already, expected a float model")
     plans = plan_layers(model, config, partial_model=partial_model)
-    ready = [(plan.layer, *_new_quantizers(plan, config)) for plan in plans]
-    for layer, weight_quantizer, input_quantizer in ready:
-        quantize_layer(layer, weight_quantizer, input_quantizer)
+    ready = [(plan, *_new_quantizers(plan, config)) for plan in plans]
+    found = [
+        (plan.name, quantizer, _weight_estimator(plan.name, quantizer, _float_weight(plan.layer)))
+        for plan, quantizer, _ in ready
+        if quantizer is not None and not plan.layer.weight.is_meta
+    ]
+    grids = _find_ranges([(name, estimator) for name, _, estimator in found], _Report(config.calibration_policy))
+    for (_, quantizer, _), grid in zip(found, grids, strict=True):
+        quantizer.set_range(grid.scale, grid.zero_point)
+    separate_qkv_bias(model)
+    for plan, weight_quantizer, input_quantizer in ready:
+        quantize_layer(plan.layer, weight_quantizer, input_quantizer)
 
 
 def plan_layers(model: nn.Module, config: OscQATConfig, *, partial_model: bool = False) -> list[LayerPlan]:
@@ -167,7 +173,7 @@ def plan_layers(model: nn.Module, config: OscQATConfig, *, partial_model: bool =
     return plans
 
 
-def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Batch], policy: Mapping[str, str] | None = None) -> None:
     """Find the initial range of every quantizer: of weights from their values, of inputs from data.
 
     The batches pass through the model in float and in evaluation mode; none is kept.
@@ -175,33 +181,50 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
     Args:
         model: a model that `prepare_qat` has prepared.
         batches: training batches, each a tensor or a dict of what the model's forward takes.
+        policy: what to do about what is wrong, see `OscQATConfig.calibration_policy`; None takes that of the model's
+            config, or the default for a bare timm model. Warnings go to the log; a quantizer without a range gets
+            that of [-1, 1].
 
     Raises:
-        ValueError: if the model is not prepared, there are no batches, or no range can be found for a quantizer: it
-            saw nothing but zeros, a NaN, or was never called. The layer is named, and no range has been changed.
+        ValueError: if the model is not prepared, there are no batches, a quantizer saw a NaN, or the policy makes an
+            error of what is wrong. The layer is named, and no range has been changed.
     """
     if not any(True for _ in quantized_layers(model)):
         raise ValueError("got a model without quantized layers, expected a prepared one: run prepare_qat first")
     found = [
-        (name, layer.weight_quantizer, _weight_estimator(layer.weight_quantizer, layer.latent_weight))
+        (name, layer.weight_quantizer, _weight_estimator(name, layer.weight_quantizer, layer.float_weight))
         for name, layer in quantized_layers(model)
         if layer.weight_quantizer is not None
     ]
+    report = _Report(_policy_of(model) if policy is None else CALIBRATION_POLICY | dict(policy))
+    untouched = _untouched_batchnorm(model)
+    if untouched:
+        report(
+            "untouched_batchnorm",
+            f"got batch-norm statistics that nothing has touched, in {', '.join(untouched[:3])} and {len(untouched)} "
+            "layers in all: activations will not have the ranges they have in training. Load trained weights, or run "
+            "hf_oscqat.reestimate_batchnorm(model, batches) first",
+        )
     with _observing_inputs(model) as observers:
         if observers:
             _run(model, batches)
     never_called = [short_name(name) for name, observer in observers.items() if observer.estimator.batches == 0]
     if never_called:
-        raise ValueError(
+        report(
+            "never_called",
             f"got no input at the quantizers of {', '.join(never_called)}: the model uses these weights without "
-            f"calling the layer. Leave them in float with modules_to_not_convert={never_called!r}"
+            f"calling the layer. Leave them in float with modules_to_not_convert={never_called!r}",
         )
     found += [(name, observer.estimator.quantizer, observer.estimator) for name, observer in observers.items()]
-    ranges = []
-    for name, quantizer, estimator in found:
-        with _naming_layer(name):
-            ranges.append((quantizer, estimator.finish()))
-    for quantizer, grid in ranges:
+    constant = [short_name(name) for name, o in observers.items() if o.estimator.batches and o.estimator.is_constant]
+    if constant:
+        report(
+            "constant",
+            f"got the same value everywhere at the inputs of {', '.join(constant)}, expected activations: the network "
+            "before may be dead",
+        )
+    grids = _find_ranges([(name, estimator) for name, _, estimator in found], report)
+    for (_, quantizer, _), grid in zip(found, grids, strict=True):
         quantizer.set_range(grid.scale, grid.zero_point, signed=grid.signed)
 
 
@@ -336,7 +359,7 @@ def _first_and_last(model: nn.Module, candidates: dict[str, nn.Module]) -> tuple
 
 
 def _new_quantizers(plan: LayerPlan, config: OscQATConfig) -> tuple[Quantizer | None, Quantizer | None]:
-    """Make the quantizers of one layer, that of the weight with its range."""
+    """Make the quantizers of one layer, without ranges."""
     weight: Tensor = plan.layer.weight  # type: ignore[assignment]
     cls = LogScaleQuantizer if config.scale_domain == "log" else Quantizer
     estimator = config.make_gradient_estimator()
@@ -358,10 +381,6 @@ def _new_quantizers(plan: LayerPlan, config: OscQATConfig) -> tuple[Quantizer | 
             axis=axis,
             **common,
         )
-        if not weight.is_meta:
-            with _naming_layer(plan.name):
-                scale, zero_point, _ = _weight_estimator(weight_quantizer, weight).finish()
-            weight_quantizer.set_range(scale, zero_point)
     if plan.input_bits is not None:
         input_quantizer = cls(
             plan.input_bits,
@@ -372,10 +391,63 @@ def _new_quantizers(plan: LayerPlan, config: OscQATConfig) -> tuple[Quantizer | 
     return weight_quantizer, input_quantizer
 
 
-def _weight_estimator(quantizer: Quantizer, weight: Tensor) -> RangeEstimator:
+def _float_weight(layer: nn.Module) -> Tensor:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return standardise(layer, weight) if is_standardised(type(layer)) else weight
+
+
+def _weight_estimator(name: str, quantizer: Quantizer, weight: Tensor) -> RangeEstimator:
     estimator = RANGE_ESTIMATORS[quantizer.range_estimator](quantizer, keep_all=True)
-    estimator.update(weight)
+    with _naming_layer(name):
+        estimator.update(weight)
     return estimator
+
+
+class _Report:
+    """Raises or logs what is wrong in calibration, as the policy has it."""
+
+    def __init__(self, policy: Mapping[str, str]) -> None:
+        self.policy = policy
+
+    def __call__(self, problem: str, message: str) -> None:
+        if self.policy[problem] == "error":
+            raise ValueError(message)
+        logger.warning("%s", message)
+
+
+def _policy_of(model: nn.Module) -> Mapping[str, str]:
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return config.calibration_policy if isinstance(config, OscQATConfig) else CALIBRATION_POLICY
+
+
+def _find_ranges(estimators: Iterable[tuple[str, RangeEstimator]], report: _Report) -> list[GridParameters]:
+    """What each estimator proposes, or the grid of [-1, 1] where its values say nothing and the policy allows it."""
+    grids, empty = [], []
+    for name, estimator in estimators:
+        try:
+            grids.append(estimator.finish() if estimator.batches else estimator.unit_grid())
+        except NoRangeError:
+            empty.append(short_name(name))
+            grids.append(estimator.unit_grid())
+        except ValueError as error:
+            raise ValueError(f"no range for layer {short_name(name)!r}: {error}") from error
+    if empty:
+        report(
+            "no_range",
+            f"no range for {', '.join(map(repr, empty))}: got nothing but zeros, expected values to find a range "
+            "from. The policy 'warn' for no_range takes [-1, 1]",
+        )
+    return grids
+
+
+def _untouched_batchnorm(model: nn.Module) -> list[str]:
+    """Names of batch-norm layers whose running statistics are those of a new layer."""
+    layers = {id(layer) for layer in batchnorm_layers(model)}
+    return [
+        short_name(name)
+        for name, module in model.named_modules()
+        if id(module) in layers and not module.running_mean.any() and bool((module.running_var == 1).all())
+    ]
 
 
 @contextmanager

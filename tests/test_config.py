@@ -44,6 +44,7 @@ BAD_VALUES = [
     ("gradient_estimator", "straight"),
     *(("gradient_estimator_args", value) for value in ([1.0], [], 0)),
     ("scale_domain", "natural"),
+    *(("calibration_policy", value) for value in ("warn", ["no_range"], {"constant": "ignore"})),
     ("checkpoint_format", "safetensors"),
     *(("tracker_momentum", value) for value in (0, -0.1, 1.5, float("nan"), "fast", None)),
     *(("batchnorm_reestimation_batches", value) for value in (-1, 2.5, "50", None, True)),
@@ -86,6 +87,7 @@ def test_bad_value_is_an_error_that_says_what_is_expected(make, name, value):
         ({"freezin": None}, "freezin", "freezing"),
         ({"dampening": {"wieght": 1}}, "wieght", "weight"),
         ({"freezing": {"treshold": 0.1}}, "treshold", "threshold"),
+        ({"calibration_policy": {"no_rang": "warn"}}, "no_rang", "no_range"),
         ({"overrides": {"head": {"weights_bits": 8}}}, "weights_bits", "weight_bits"),
     ],
 )

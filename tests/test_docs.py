@@ -21,7 +21,7 @@ def test_functions_named_in_the_method_exist():
 
     text = (REPOSITORY / "docs" / "method.md").read_text(encoding="utf-8")
     names = re.findall(r"\| `((?:quantization|remedies)\.[\w.]+)` \|", text)
-    assert len(names) >= 8
+    assert len(names) >= 7
     for name in names:
         parts = name.split(".")
         module = importlib.import_module(".".join(["hf_oscqat", *parts[:2]]))

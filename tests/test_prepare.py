@@ -5,7 +5,7 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
-from timm.layers import CondConv2d, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from timm.layers import CondConv2d
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -17,6 +17,7 @@ from hf_oscqat import (
     pack,
     prepare_qat,
     quantizer_parameters,
+    reestimate_batchnorm,
 )
 from hf_oscqat.quantization.layers import QuantizedLayer, quantized_layers, quantizers
 
@@ -181,10 +182,6 @@ REFUSED = {
     "GRU": (lambda: nn.GRU(4, 4), "recurrent"),
     "RNN": (lambda: nn.RNN(4, 4), "recurrent"),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(4, 2), "without calling"),
-    "StdConv2d": (lambda: StdConv2d(4, 4, 1), "standardises"),
-    "StdConv2dSame": (lambda: StdConv2dSame(4, 4, 1), "standardises"),
-    "ScaledStdConv2d": (lambda: ScaledStdConv2d(4, 4, 1), "standardises"),
-    "ScaledStdConv2dSame": (lambda: ScaledStdConv2dSame(4, 4, 1), "standardises"),
     "CondConv2d": (lambda: CondConv2d(4, 4, 1), "several weights"),
     "weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "parametrized"),
     "orthogonal": (lambda: parametrizations.orthogonal(nn.Conv2d(4, 4, 1)), "parametrized"),
@@ -204,7 +201,7 @@ class TestRefusals:
         assert_unchanged(model, before)
 
     def test_subclass_of_a_refused_class_is_refused(self):
-        class MyConv(StdConv2d):
+        class MyConv(CondConv2d):
             pass
 
         with pytest.raises(ValueError, match="got layer '0' of class MyConv"):
@@ -219,7 +216,7 @@ class TestRefusals:
 
     def test_name_in_the_error_is_what_leaves_the_layer_float(self, make_wrapper):
         model = make_wrapper()
-        model.timm_model.conv_head = StdConv2d(64, 256, 1)
+        model.timm_model.conv_head = CondConv2d(64, 256, 1)
         with pytest.raises(ValueError, match=r"modules_to_not_convert=\['conv_head'\]"):
             prepare_qat(model, OscQATConfig())
         prepare_qat(model, OscQATConfig(modules_to_not_convert=["conv_head"]))
@@ -265,8 +262,8 @@ class TestRefusals:
         model = make_net()
         nn.init.constant_(model.pw.weight, fill)
         before = snapshot(model)
-        with pytest.raises(ValueError, match=f"no range for layer 'pw': .*{reason}"):
-            prepare_qat(model, OscQATConfig())
+        with pytest.raises(ValueError, match=f"no range for (layer )?'pw': .*{reason}"):
+            prepare_qat(model, OscQATConfig(calibration_policy={"no_range": "error"}))
         assert_unchanged(model, before)
 
 
@@ -542,8 +539,8 @@ class TestCalibrationErrors:
         model.bn.weight.data.zero_()
         model.bn.bias.data.zero_()
         before = snapshot(model)
-        with pytest.raises(ValueError, match="no range for layer 'dw': got nothing but zeros"):
-            calibrate(model, [3 * images])
+        with pytest.raises(ValueError, match="no range for 'dw': got nothing but zeros"):
+            calibrate(model, [3 * images], {"no_range": "error"})
         assert_unchanged(model, before)
 
     def test_exception_of_the_data_passes_and_nothing_has_changed(self, model, images):
@@ -566,6 +563,59 @@ class TestCalibrationErrors:
         way_out = prepare_qat(UsesTheWeightOnly(), OscQATConfig(modules_to_not_convert=["shy"]))
         calibrate(way_out, [torch.rand(8, 4)])
         assert way_out(torch.rand(8, 4)).isfinite().all()
+
+
+class TestCalibrationPolicy:
+    """What can be wrong is named, and is an error or a warning as the policy has it."""
+
+    def test_weight_of_zeros_gets_the_unit_range(self, make_net, caplog):
+        model = make_net()
+        nn.init.zeros_(model.pw.weight)
+        prepare_qat(model, OscQATConfig())
+        assert "no range for 'pw': got nothing but zeros" in caplog.text
+        assert model.pw.weight_quantizer.scale.item() == pytest.approx(1 / 7)
+
+    @pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+    def test_input_of_zeros_gets_the_unit_range(self, make_prepared, images, caplog, scheme):
+        model = make_prepared(activation_scheme=scheme)
+        nn.init.zeros_(model.bn.weight)
+        nn.init.zeros_(model.bn.bias)
+        calibrate(model, [images])
+        assert "no range for 'dw': got nothing but zeros" in caplog.text
+        assert model.dw.input_quantizer.scale.item() == pytest.approx(1 / 15 if scheme == "symmetric" else 2 / 15)
+        assert model(images).isfinite().all()
+
+    def test_constant_input_is_named(self, make_prepared, images, caplog):
+        model = make_prepared()
+        nn.init.zeros_(model.bn.weight)
+        nn.init.ones_(model.bn.bias)
+        calibrate(model, [images])
+        assert "got the same value everywhere at the inputs of dw" in caplog.text
+        with pytest.raises(ValueError, match="at the inputs of dw"):
+            calibrate(model, [images], {"constant": "error"})
+
+    def test_untouched_batchnorm_is_named(self, make_net, images, caplog):
+        model = prepare_qat(make_net(), OscQATConfig())
+        calibrate(model, [images])
+        assert "batch-norm statistics that nothing has touched, in bn and 1 layers" in caplog.text
+        with pytest.raises(ValueError, match="in bn and 1 layers"):
+            calibrate(model, [images], {"untouched_batchnorm": "error"})
+        caplog.clear()
+        reestimate_batchnorm(model, [images])
+        calibrate(model, [images])
+        assert not caplog.text
+
+    def test_layer_that_is_never_called_may_be_left_with_a_quantizer_that_does_nothing(self, caplog):
+        model = prepare_qat(UsesTheWeightOnly(), OscQATConfig())
+        calibrate(model, [torch.rand(8, 4)], {"never_called": "warn"})
+        assert "quantizers of shy" in caplog.text
+        assert model(torch.rand(8, 4)).isfinite().all()
+
+    def test_policy_of_the_models_config_is_taken(self, make_wrapper, pixel_values):
+        model = prepare_qat(make_wrapper(), OscQATConfig(calibration_policy={"constant": "error"}))
+        nn.init.zeros_(model.timm_model.bn2.weight)
+        with pytest.raises(ValueError, match="the same value everywhere"):
+            calibrate(model, [{"pixel_values": pixel_values}])
 
 
 class TestDescribe:

@@ -86,7 +86,7 @@ def _pack_layer(layer: QuantizedLayer) -> PackedLayer:
                 zero_point = quantizer.zero_point.detach()
                 tensors[f"{part}_zero_point"] = zero_point.round().clamp(quantizer.qmin, quantizer.qmax)
     if weights is not None:
-        tensors["weight_int"] = weights.to_int(layer.latent_weight)
+        tensors["weight_int"] = weights.to_int(layer.float_weight)
     for name in ("weight_quantizer", "input_quantizer", "oscillation"):
         if hasattr(layer, name):
             delattr(layer, name)

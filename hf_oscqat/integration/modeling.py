@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_oscqat.checkpoint import FORMAT_VERSION, CheckpointError, check_checkpoint, header_metadata
 from hf_oscqat.quantization.packed import FormatError, LayerFormat, make_packed
+from hf_oscqat.quantization.timm_layers import separate_qkv_bias
 
 REMOTE_CODE = "modeling_oscqat"
 PACKED_METHOD = "oscqat"
@@ -113,6 +114,7 @@ class PackedQuantizer(HfQuantizer):
                 "a newer hf_oscqat may read it"
             )
         headless = ignore_head(model)
+        separate_qkv_bias(model)
         modules = dict(model.named_modules())
         for name, data in layers.items():
             if not f"{name}.".startswith(headless):

@@ -512,6 +512,48 @@ def _sum_like(per_value: Tensor, broadcast: Tensor, parameter: Tensor) -> Tensor
     return per_value.sum_to_size(broadcast.shape).reshape(parameter.shape).to(parameter.dtype)
 
 
+# --- hf_oscqat.quantization.timm_layers
+STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+
+
+def is_standardised(cls: type[nn.Module]) -> bool:
+    """Whether a class is one of timm's weight-standardised convolutions."""
+    return any(base.__name__ in STANDARDISED for base in cls.__mro__)
+
+
+def standardise(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Normalise a weight per output channel, with the layer's gain where it has one, by the operation timm uses.
+
+    Args:
+        layer: a standardised convolution.
+        weight: its weight, `[out, in / groups, height, width]`.
+
+    Returns:
+        Tensor shaped like `weight`, differentiable in it and in the gain.
+    """
+    conv = cast(Any, layer)
+    gain = (conv.gain * conv.scale).view(-1) if hasattr(conv, "gain") else None
+    rows = weight.reshape(1, conv.out_channels, -1)
+    return F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0.0, eps=conv.eps).reshape_as(weight)
+
+
+def convolve(layer: nn.Module, input: Tensor) -> Tensor:
+    """Convolve with `layer.weight` as it is, padded as the layer's class pads."""
+    conv = cast(Any, layer)
+    if getattr(conv, "same_pad", False):
+        sizes = zip(input.shape[-2:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
+        height, width = (max((math.ceil(i / s) - 1) * s + (k - 1) * d + 1 - i, 0) for i, k, s, d in sizes)
+        input = F.pad(input, (width // 2, width - width // 2, height // 2, height - height // 2))
+    return F.conv2d(input, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def separate_qkv_bias(model: nn.Module) -> None:
+    """Make attentions call their qkv layer and add its bias afterwards; what they compute stays the same."""
+    for module in model.modules():
+        if getattr(module, "qkv_bias_separate", None) is False:
+            module.qkv_bias_separate = True  # type: ignore[assignment]
+
+
 # --- hf_oscqat.quantization.packing
 def packed_width(count: int, num_bits: int) -> int:
     """Bytes that a row of `count` integers of `num_bits` bits takes."""
@@ -675,20 +717,24 @@ class PackedLayer(nn.Module):
         try:
             grid = self.format.weight
             if grid is None:
-                return cast(Tensor, self._parameters["weight"])
+                weight = cast(Tensor, self._parameters["weight"])
+                return standardise(self, weight) if is_standardised(type(self)) else weight
             return self._unpack(grid).to(self.compute_dtype)
         except AttributeError as error:
             raise RuntimeError(f"the weight of {type(self).__name__} cannot be unpacked: {error}") from error
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Quantize the input as in training, then do what the layer always did."""
-        grid = self.format.input
-        if grid is not None and self.input_scale is not None:
-            input = fake_quantize(input, self.input_scale, self.input_zero_point, grid.qmin, grid.qmax)
-        return super().forward(input, *args, **kwargs)
+        return super().forward(self._quantized(input), *args, **kwargs)
 
     def reset_parameters(self) -> None:
         """There is nothing to initialise: everything comes from the checkpoint."""
+
+    def _quantized(self, input: Tensor) -> Tensor:
+        grid = self.format.input
+        if grid is None or self.input_scale is None:
+            return input
+        return fake_quantize(input, self.input_scale, self.input_zero_point, grid.qmin, grid.qmax)
 
     def _unpack(self, grid: GridFormat) -> Tensor:
         rows = list(grid.shape)
@@ -718,13 +764,22 @@ class PackedLayer(nn.Module):
         return self
 
 
+class StandardisedPackedLayer(PackedLayer):
+    """Mixin of a weight-standardised convolution in packed form: its integers are those of the standardised weight."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Quantize the input and convolve, without standardising once more."""
+        return convolve(self, self._quantized(input))
+
+
 _PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {}
 
 
 def _packed_class(base: type[nn.Module]) -> type[PackedLayer]:
     """One class per base class, so that repeated blocks share one compiled graph."""
     if base not in _PACKED_CLASSES:
-        _PACKED_CLASSES[base] = type(f"Packed{base.__name__}", (PackedLayer, base), {})
+        mixin = StandardisedPackedLayer if is_standardised(base) else PackedLayer
+        _PACKED_CLASSES[base] = type(f"Packed{base.__name__}", (mixin, base), {})
     return _PACKED_CLASSES[base]
 
 
@@ -1057,6 +1112,7 @@ class PackedQuantizer(HfQuantizer):
                 "a newer hf_oscqat may read it"
             )
         headless = ignore_head(model)
+        separate_qkv_bias(model)
         modules = dict(model.named_modules())
         for name, data in layers.items():
             if not f"{name}.".startswith(headless):

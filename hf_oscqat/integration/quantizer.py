@@ -97,9 +97,9 @@ def _attach_what_was_saved(model: PreTrainedModel, files: Sequence[str], ignored
         if f"{name}.weight_quantizer.frozen_int" in names and layer.weight_quantizer is not None:
             layer.weight_quantizer.allow_freezing(layer.latent_weight)
     state = model.state_dict()
-    for name in names & state.keys():
-        if shapes[name] != list(state[name].shape):
-            raise CheckpointError(f"got tensor {name!r} of shape {shapes[name]}, expected {list(state[name].shape)}")
+    for name, tensor in state.items():
+        if name in names and shapes[name] != list(tensor.shape):
+            raise CheckpointError(f"got tensor {name!r} of shape {shapes[name]}, expected {list(tensor.shape)}")
     expected = state.keys()
     ours = (".weight_quantizer.", ".input_quantizer.", ".oscillation.")
     unknown = [name for name in names - expected if not name.startswith(ignored)]

@@ -11,6 +11,7 @@ from pathlib import Path
 MODULES = (
     "hf_oscqat.quantization.gradient_estimators",
     "hf_oscqat.quantization.functional",
+    "hf_oscqat.quantization.timm_layers",
     "hf_oscqat.quantization.packing",
     "hf_oscqat.quantization.packed",
     "hf_oscqat.checkpoint",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_oscqat.quantization.functional import TRANSPOSED
 from hf_oscqat.quantization.quantizer import Quantizer
+from hf_oscqat.quantization.timm_layers import convolve, is_standardised, standardise
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *TRANSPOSED)
 
@@ -36,13 +37,20 @@ class QuantizedLayer(nn.Module):
         return cast(nn.Parameter, self._parameters["weight"])
 
     @property
+    def float_weight(self) -> Tensor:
+        """The float weight that is quantized: the latent one, or what the layer makes of it; differentiable."""
+        return self.latent_weight
+
+    @property
     def weight(self) -> Tensor:
         """The weight that the layer computes with: on the grid, differentiable in latent weight and scale."""
         # An AttributeError in here would send nn.Module looking for `weight` elsewhere: it would find the float one.
         try:
-            latent, quantizer = self.latent_weight, self.weight_quantizer
+            quantizer = self.weight_quantizer
             # A meta tensor has no values to quantize; who asks for one (a loader, say) wants the shape.
-            return latent if quantizer is None or latent.is_meta else quantizer(latent)
+            return (
+                self.float_weight if quantizer is None or self.latent_weight.is_meta else quantizer(self.float_weight)
+            )
         except AttributeError as error:
             raise RuntimeError(f"the weight of {type(self).__name__} cannot be quantized: {error}") from error
 
@@ -57,13 +65,29 @@ class QuantizedLayer(nn.Module):
         return _new_quantized_layer, (type(self).__bases__[1],), self.__dict__.copy()
 
 
+class StandardisedQuantizedLayer(QuantizedLayer):
+    """Mixin of a weight-standardised convolution in training form: quantizes the standardised weight."""
+
+    @property
+    def float_weight(self) -> Tensor:
+        """The standardised latent weight."""
+        return standardise(self, self.latent_weight)
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Quantize the input and convolve; the weight is standardised already."""
+        if self.input_quantizer is not None:
+            input = self.input_quantizer(input)
+        return convolve(self, input)
+
+
 _QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {}
 
 
 def _quantized_class(base: type[nn.Module]) -> type[QuantizedLayer]:
     """One class per base class, so that repeated blocks share one compiled graph."""
     if base not in _QUANTIZED_CLASSES:
-        _QUANTIZED_CLASSES[base] = type(f"Quantized{base.__name__}", (QuantizedLayer, base), {})
+        mixin = StandardisedQuantizedLayer if is_standardised(base) else QuantizedLayer
+        _QUANTIZED_CLASSES[base] = type(f"Quantized{base.__name__}", (mixin, base), {})
     return _QUANTIZED_CLASSES[base]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_oscqat.quantization.functional import broadcast_to_axis, fake_quantize, output_axis
 from hf_oscqat.quantization.packing import pack_bits, packed_width, unpack_bits
+from hf_oscqat.quantization.timm_layers import convolve, is_standardised, standardise
 
 
 class FormatError(ValueError):
@@ -119,20 +120,24 @@ class PackedLayer(nn.Module):
         try:
             grid = self.format.weight
             if grid is None:
-                return cast(Tensor, self._parameters["weight"])
+                weight = cast(Tensor, self._parameters["weight"])
+                return standardise(self, weight) if is_standardised(type(self)) else weight
             return self._unpack(grid).to(self.compute_dtype)
         except AttributeError as error:
             raise RuntimeError(f"the weight of {type(self).__name__} cannot be unpacked: {error}") from error
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Quantize the input as in training, then do what the layer always did."""
-        grid = self.format.input
-        if grid is not None and self.input_scale is not None:
-            input = fake_quantize(input, self.input_scale, self.input_zero_point, grid.qmin, grid.qmax)
-        return super().forward(input, *args, **kwargs)
+        return super().forward(self._quantized(input), *args, **kwargs)
 
     def reset_parameters(self) -> None:
         """There is nothing to initialise: everything comes from the checkpoint."""
+
+    def _quantized(self, input: Tensor) -> Tensor:
+        grid = self.format.input
+        if grid is None or self.input_scale is None:
+            return input
+        return fake_quantize(input, self.input_scale, self.input_zero_point, grid.qmin, grid.qmax)
 
     def _unpack(self, grid: GridFormat) -> Tensor:
         rows = list(grid.shape)
@@ -162,13 +167,22 @@ class PackedLayer(nn.Module):
         return self
 
 
+class StandardisedPackedLayer(PackedLayer):
+    """Mixin of a weight-standardised convolution in packed form: its integers are those of the standardised weight."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Quantize the input and convolve, without standardising once more."""
+        return convolve(self, self._quantized(input))
+
+
 _PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {}
 
 
 def _packed_class(base: type[nn.Module]) -> type[PackedLayer]:
     """One class per base class, so that repeated blocks share one compiled graph."""
     if base not in _PACKED_CLASSES:
-        _PACKED_CLASSES[base] = type(f"Packed{base.__name__}", (PackedLayer, base), {})
+        mixin = StandardisedPackedLayer if is_standardised(base) else PackedLayer
+        _PACKED_CLASSES[base] = type(f"Packed{base.__name__}", (mixin, base), {})
     return _PACKED_CLASSES[base]
 
 

@@ -20,6 +20,10 @@ MAX_SAMPLES = 2**18
 """Values of one batch that percentile and MSE keep; weights are kept whole."""
 
 
+class NoRangeError(ValueError):
+    """The values have no range: there are none but zeros."""
+
+
 class GridParameters(NamedTuple):
     """What `Quantizer.set_range` takes: scale and zero-point of shape `(rows,)`, and whether there are negatives."""
 
@@ -64,19 +68,32 @@ class RangeEstimator(ABC):
         """Propose a grid from everything seen.
 
         Raises:
-            ValueError: if nothing was seen, or nothing but zeros.
+            ValueError: if nothing was seen.
+            NoRangeError: if nothing but zeros was seen.
         """
         if self.low is None or self.high is None:
             raise ValueError("got no values, expected at least one batch")
         signed = bool((self.low < 0).any())
         if not bool(torch.maximum(-self.low, self.high).max() > 0):
-            raise ValueError("got nothing but zeros, expected values to find a range from")
+            raise NoRangeError("got nothing but zeros, expected values to find a range from")
         if self.quantizer.signed is None:
             signed = self.quantizer.is_signed
         scale, zero_point = self._grid(signed)
         # A channel of zeros (pruned, or dead in the float model) has no range of its own: any step represents it.
         scale = torch.where(scale > 0, scale, scale.max())
         return GridParameters(scale, zero_point, signed)
+
+    def unit_grid(self) -> GridParameters:
+        """Propose the grid of values between -1 and 1, for a quantizer whose values say nothing."""
+        ones = torch.ones_like(self.quantizer.scale.detach())
+        signed = self.quantizer.is_signed if self.quantizer.signed is None else False
+        scale, zero_point = self._grid_of_range(-ones, ones, signed)
+        return GridParameters(scale, zero_point, signed)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all values seen were the same."""
+        return self.low is not None and self.high is not None and bool((self.low == self.high).all())
 
     def _rows(self, x: Tensor) -> Tensor:
         x = x.detach()

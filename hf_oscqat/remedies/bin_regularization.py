@@ -39,7 +39,7 @@ def bin_regularization_loss(model: nn.Module) -> Tensor:
         quantizer = layer.weight_quantizer
         if quantizer is None:
             continue
-        weight, axis = layer.latent_weight, quantizer.axis
+        weight, axis = layer.float_weight, quantizer.axis
         w_int = quantizer.to_int(weight)
         # Distances to the centre have the variance of the weights and the mean that is wanted, and lose no digits.
         distance = weight - quantizer.to_real(w_int)

@@ -36,7 +36,7 @@ def dampening_loss(model: nn.Module) -> Tensor:
         quantizer = layer.weight_quantizer
         if quantizer is None:
             continue
-        weight = layer.latent_weight
+        weight = layer.float_weight
         centre = quantizer.to_real(quantizer.to_int(weight))
         ends = [1] * weight.ndim
         low = quantizer.to_real(centre.new_full(ends, quantizer.qmin))

@@ -207,11 +207,15 @@ class OscillationTracker:
         Args:
             threshold: freeze weights whose frequency exceeds it, from the next forward on; 0 freezes nothing.
         """
-        for layer in self.layers.values():
-            assert layer.weight_quantizer is not None
-            oscillation_state(layer).observe(layer.latent_weight, layer.weight_quantizer, self.momentum)
+        with torch.no_grad():
+            self._observe()
         if threshold > 0:
             self.freeze(threshold)
+
+    def _observe(self) -> None:
+        for layer in self.layers.values():
+            assert layer.weight_quantizer is not None
+            oscillation_state(layer).observe(layer.float_weight, layer.weight_quantizer, self.momentum)
 
     def freeze(self, threshold: float, *, use_ema: bool | None = None) -> None:
         """Freeze every tracked weight whose frequency exceeds `threshold`; the second half of a tick.

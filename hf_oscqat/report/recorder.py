@@ -48,7 +48,7 @@ def distance_histogram(model: nn.Module, max_bits: int = 4, bins: int = BINS) ->
         quantizer = layer.weight_quantizer
         if quantizer is None or quantizer.num_bits > max_bits:
             continue
-        position = quantizer.to_grid(layer.latent_weight)
+        position = quantizer.to_grid(layer.float_weight)
         inside = position[(position >= quantizer.qmin) & (position <= quantizer.qmax)].float()
         counts += torch.histc((inside - inside.round()).cpu(), bins=bins, min=-0.5, max=0.5)
     return DistanceHistogram([int(count) for count in counts])

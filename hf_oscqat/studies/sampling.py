@@ -140,7 +140,7 @@ def optimise(
     soft = []
     for name, choice in states.items():
         layer = tracker.layers[name]
-        stand_in = SoftChoice(cast(Quantizer, layer.weight_quantizer), layer.latent_weight, choice)
+        stand_in = SoftChoice(cast(Quantizer, layer.weight_quantizer), layer.float_weight.detach(), choice)
         layer.weight_quantizer = cast(Quantizer, stand_in)
         soft.append(stand_in)
     for parameter in model.parameters():
