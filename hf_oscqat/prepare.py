@@ -27,7 +27,7 @@ from hf_oscqat.quantization.layers import (
 from hf_oscqat.quantization.packed import PackedLayer
 from hf_oscqat.quantization.quantizer import LogScaleQuantizer, Quantizer
 from hf_oscqat.quantization.range_estimators import RANGE_ESTIMATORS, GridParameters, NoRangeError, RangeEstimator
-from hf_oscqat.quantization.timm_layers import is_standardised, separate_qkv_bias, standardise
+from hf_oscqat.quantization.timm_layers import forbid_merging, is_standardised, separate_qkv_bias, standardise
 from hf_oscqat.remedies.batchnorm import Batch, batchnorm_layers, forward_batch
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,7 @@ def insert_quantizers(model: nn.Module, config: OscQATConfig, *, partial_model: 
     separate_qkv_bias(model)
     for plan, weight_quantizer, input_quantizer in ready:
         quantize_layer(plan.layer, weight_quantizer, input_quantizer)
+    forbid_merging(model)
 
 
 def plan_layers(model: nn.Module, config: OscQATConfig, *, partial_model: bool = False) -> list[LayerPlan]:
@@ -338,7 +339,12 @@ def _why_refused(module: nn.Module) -> str | None:
         return "its parameters are parametrized already"
     if isinstance(module, QUANTIZABLE) and "weight" not in module._parameters:
         return "its weight is computed before each forward, by a norm or by pruning"
-    return next((REFUSED[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in REFUSED), None)
+    refused = next((REFUSED[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in REFUSED), None)
+    if refused is not None or isinstance(module, QUANTIZABLE):
+        return refused
+    # Tokens and position tables have names of their own; what a class calls a weight, it multiplies with.
+    matrices = [n for n, p in module.named_parameters(recurse=False) if "weight" in n and p.ndim > 1]
+    return f"its {matrices[0]} is a matrix, and the class is not known here" if matrices else None
 
 
 def _first_and_last(model: nn.Module, candidates: dict[str, nn.Module]) -> tuple[set[str], set[str]]:

@@ -183,6 +183,8 @@ REFUSED = {
     "RNN": (lambda: nn.RNN(4, 4), "recurrent"),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(4, 2), "without calling"),
     "CondConv2d": (lambda: CondConv2d(4, 4, 1), "several weights"),
+    "bilinear": (lambda: nn.Bilinear(4, 4, 4), "weight is a matrix, and the class is not known"),
+    "embedding": (lambda: nn.Embedding(4, 4), "weight is a matrix, and the class is not known"),
     "weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "parametrized"),
     "orthogonal": (lambda: parametrizations.orthogonal(nn.Conv2d(4, 4, 1)), "parametrized"),
     # These two write a computed weight into the layer before each forward.
@@ -199,6 +201,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match=rf"got layer 'odd' of class \w+, .*{reason}.*modules_to_not_convert"):
             prepare_qat(model, OscQATConfig())
         assert_unchanged(model, before)
+
+    def test_branches_cannot_be_merged_afterwards(self):
+        model = timm.create_model("repvit_m1", num_classes=3)
+        prepare_qat(model, OscQATConfig(range_estimator="minmax"))
+        with pytest.raises(RuntimeError, match=r"run timm.models.reparameterize_model\(model\) before prepare_qat"):
+            timm.models.reparameterize_model(model)
+        merged = timm.models.reparameterize_model(timm.create_model("repvit_m1", num_classes=3))
+        prepare_qat(merged, OscQATConfig(range_estimator="minmax"))
+        assert len(widths(merged)) < len(widths(model))
 
     def test_subclass_of_a_refused_class_is_refused(self):
         class MyConv(CondConv2d):

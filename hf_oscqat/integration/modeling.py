@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_oscqat.checkpoint import FORMAT_VERSION, CheckpointError, check_checkpoint, header_metadata
 from hf_oscqat.quantization.packed import FormatError, LayerFormat, make_packed
-from hf_oscqat.quantization.timm_layers import separate_qkv_bias
+from hf_oscqat.quantization.timm_layers import forbid_merging, separate_qkv_bias
 
 REMOTE_CODE = "modeling_oscqat"
 PACKED_METHOD = "oscqat"
@@ -126,6 +126,7 @@ class PackedQuantizer(HfQuantizer):
                     raise CheckpointError(f"layer {name!r}: {error}") from error
                 # Its weight is computed; transformers must not initialise it.
                 modules[name]._is_hf_initialized = True
+        forbid_merging(model)
         if checkpoint_files:
             check_checkpoint(checkpoint_files, layers, model, headless)
 

@@ -513,6 +513,9 @@ def _sum_like(per_value: Tensor, broadcast: Tensor, parameter: Tensor) -> Tensor
 
 
 # --- hf_oscqat.quantization.timm_layers
+MERGING = ("fuse", "reparameterize", "switch_to_deploy")
+"""Methods by which `timm.models.reparameterize_model` merges."""
+
 STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
 
 
@@ -552,6 +555,21 @@ def separate_qkv_bias(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "qkv_bias_separate", None) is False:
             module.qkv_bias_separate = True  # type: ignore[assignment]
+
+
+def forbid_merging(model: nn.Module) -> None:
+    """Make the methods that merge branches raise: it must be done before quantizers are there."""
+    for module in model.modules():
+        for method in MERGING:
+            if callable(getattr(module, method, None)):
+                module.__dict__[method] = _refuse_to_merge
+
+
+def _refuse_to_merge(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        "got a quantized model to merge branches of, expected a float one: run "
+        "timm.models.reparameterize_model(model) before prepare_qat. Merged now, its layers would be new and float"
+    )
 
 
 # --- hf_oscqat.quantization.packing
@@ -1124,6 +1142,7 @@ class PackedQuantizer(HfQuantizer):
                     raise CheckpointError(f"layer {name!r}: {error}") from error
                 # Its weight is computed; transformers must not initialise it.
                 modules[name]._is_hf_initialized = True
+        forbid_merging(model)
         if checkpoint_files:
             check_checkpoint(checkpoint_files, layers, model, headless)
 

@@ -5,6 +5,9 @@ and what integer hardware would hold, is the normalised weight, so that is what 
 
 Some attentions (BEiT, EVA, Swin v2) hand `qkv.weight` to a linear function without calling the layer, so its input
 would never be quantized. timm has a switch that makes them call it, with the bias added afterwards.
+
+Some networks (RepViT, MobileOne, FastViT) train with branches that are merged for inference. Merging makes new layers
+from the float weights of old ones, and the quantizers would be gone without a word.
 """
 
 import math
@@ -12,6 +15,9 @@ from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+MERGING = ("fuse", "reparameterize", "switch_to_deploy")
+"""Methods by which `timm.models.reparameterize_model` merges."""
 
 STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
 
@@ -52,3 +58,18 @@ def separate_qkv_bias(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "qkv_bias_separate", None) is False:
             module.qkv_bias_separate = True  # type: ignore[assignment]
+
+
+def forbid_merging(model: nn.Module) -> None:
+    """Make the methods that merge branches raise: it must be done before quantizers are there."""
+    for module in model.modules():
+        for method in MERGING:
+            if callable(getattr(module, method, None)):
+                module.__dict__[method] = _refuse_to_merge
+
+
+def _refuse_to_merge(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        "got a quantized model to merge branches of, expected a float one: run "
+        "timm.models.reparameterize_model(model) before prepare_qat. Merged now, its layers would be new and float"
+    )
