@@ -250,6 +250,7 @@ class LayerDescription:
         shape: shape of the weight.
         weight_bits: None for float.
         input_bits: None for float.
+        why_float: why the weight is not quantized; None where it is.
     """
 
     name: str
@@ -257,6 +258,7 @@ class LayerDescription:
     shape: tuple[int, ...]
     weight_bits: int | None
     input_bits: int | None
+    why_float: str | None = None
 
 
 def describe(model: nn.Module) -> list[LayerDescription]:
@@ -266,6 +268,7 @@ def describe(model: nn.Module) -> list[LayerDescription]:
         model: any model, float, prepared or packed; in one that is neither prepared nor packed everything is float.
     """
     rows = []
+    is_float = not any(isinstance(module, QuantizedLayer | PackedLayer) for module in model.modules())
     for name, module in model.named_modules():
         if isinstance(module, PackedLayer) and module.format.weight is not None:
             rows.append(
@@ -291,9 +294,18 @@ def describe(model: nn.Module) -> list[LayerDescription]:
                     tuple(parameter.shape),
                     weight.num_bits if weight else None,
                     inputs.num_bits if inputs else None,
+                    None if weight else _why_float(module, parameter_name, is_float),
                 )
             )
     return rows
+
+
+def _why_float(module: nn.Module, parameter_name: str, model_is_float: bool) -> str:
+    if model_is_float:
+        return "the model is not prepared"
+    if isinstance(module, QUANTIZABLE) and parameter_name == "weight":
+        return "left in float by the config"
+    return "no weight of a layer"
 
 
 def attach_config(model: PreTrainedModel, config: OscQATConfig) -> None:

@@ -1,8 +1,12 @@
 """`oscqat`: what it says, what it refuses and with which status."""
 
 import pytest
+import timm
+import torch
 
+from hf_oscqat import OscQATConfig, calibrate, pack, prepare_qat
 from hf_oscqat.cli import main
+from hf_oscqat.hub.inspect import inspect_timm
 from hf_oscqat.studies import STUDIES
 
 
@@ -56,6 +60,44 @@ def test_unknown_option_is_an_error_that_names_the_one_that_was_meant(capsys):
 def test_words_that_nothing_reads_are_an_error(words, capsys):
     assert main(["study", "toy", *words]) == 2
     assert "expected an option such as" in capsys.readouterr().err
+
+
+class TestInspect:
+    def test_lists_layers_what_stays_float_and_the_bytes(self, capsys):
+        assert main(["inspect", "test_vit", "--weight-bits", "3", "--modules-to-not-convert", "blocks.0.mlp.fc1"]) == 0
+        out = capsys.readouterr().out
+        assert "test_vit, W3A4" in out
+        rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+        assert "left in float by the config" in rows["blocks.0.mlp.fc1"]
+        assert "no weight of a layer" in rows["pos_embed"]
+        assert "8" in rows["patch_embed.proj"]
+        assert "371,240 parameters" in out
+
+    def test_bytes_are_those_of_the_packed_file(self):
+        model = timm.create_model("test_vit")
+        config = OscQATConfig(weight_bits=3, weight_granularity="per_channel", range_estimator="minmax")
+        prepare_qat(model, config)
+        calibrate(model, [torch.randn(2, 3, 160, 160)])
+        packed = {n: b for n, b in pack(model).named_buffers() if n.endswith("weight_packed")}
+        rows = {row.layer.name: row.bytes for row in inspect_timm("test_vit", config) if row.layer.weight_bits}
+        assert rows == {name.removesuffix(".weight_packed"): b.numel() for name, b in packed.items()}
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["mobilenet_v22"], "got model 'mobilenet_v22', expected a timm name"),
+            (["test_vit", "--weight-bits", "9"], "got weight_bits=9, expected a whole number from 2 to 8"),
+            (["sequencer2d_s"], "of class LSTM, which cannot be quantized"),
+        ],
+    )
+    def test_what_cannot_be_done_is_said(self, words, message, capsys):
+        assert main(["inspect", *words]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_help_has_an_example(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["inspect", "--help"])
+        assert "example: oscqat inspect mobilenetv2_100" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv", [["studies"], []])

@@ -174,7 +174,7 @@ def _draw_divergence(rows: list[dict[str, Any]]) -> Figure:
         [row["mean_kl_at_8_bits"] for row in rows], range(len(rows)), color="black", s=5, label="with 8-bit weights"
     )
     axes.set_yticks(range(len(rows)), [row["layer"] for row in rows], fontsize=6)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows), -1)
     axes.set_xscale("log")
     axes.set(xlabel="KL divergence of running from population statistics, mean over channels, nats")
     tidy(axes)
@@ -190,7 +190,8 @@ def _draw_reestimation(rows: list[dict[str, Any]]) -> Figure:
     axes.set_xticks(range(len(rows)), [row["weights"].replace(", ", "\n") for row in rows])
     lowest = min(min(row["before"], row["after"]) for row in rows)
     axes.set(ylabel="top-1 accuracy, %", ylim=(max(0, lowest - 5), 100))
-    tidy(axes, legend={"loc": "lower left"})
+    tidy(axes)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
     return figure
 
 

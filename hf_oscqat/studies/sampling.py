@@ -227,7 +227,7 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
         axes.scatter([position] * len(chosen), [r["training_loss"] for r in chosen], color=colour, s=28, alpha=0.8)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set(ylabel="training loss", xlim=(-0.5, len(groups) - 0.5))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(row["training_loss"] for row in rows))
     tidy(axes)
     return figure
 

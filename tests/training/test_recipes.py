@@ -27,6 +27,7 @@ MODELS = {
 BITS = {"w4a4": (4, 4), "w3a3": (3, 3), "w4": (4, None), "w3": (3, None)}
 METHODS = ("lsq", "dampen", "freeze")
 LEAVES = list(product(MODELS, BITS, METHODS))
+BEYOND_THE_PAPER = ("deit_tiny_w4a4_freeze", "deit_tiny_w3a3_freeze")
 
 # As published for these, and taken over from here for MobileNetV3 and ResNet-18 and for weights alone.
 LEARNING_RATE = {4: 0.0033, 3: 0.01}
@@ -75,14 +76,33 @@ def values_in(recipe: Any) -> list[Any]:
 each_leaf = pytest.mark.parametrize(("model", "width", "method"), LEAVES, ids=[name_of(*leaf) for leaf in LEAVES])
 each_file = pytest.mark.parametrize(
     "path",
-    [*(RECIPES / f"{name_of(*leaf)}.yaml" for leaf in LEAVES), *sorted((RECIPES / "_base_").glob("*.yaml"))],
+    [
+        *(RECIPES / f"{name}.yaml" for name in (*(name_of(*leaf) for leaf in LEAVES), *BEYOND_THE_PAPER)),
+        *sorted((RECIPES / "_base_").glob("*.yaml")),
+    ],
     ids=lambda path: path.stem,
 )
 
 
 def test_there_is_a_recipe_for_each_experiment_and_no_other():
     found = {path.stem for path in RECIPES.glob("*.yaml") if path.stem != "quickstart"}
-    assert found == {name_of(*leaf) for leaf in LEAVES}
+    assert found == {name_of(*leaf) for leaf in LEAVES} | set(BEYOND_THE_PAPER)
+
+
+@pytest.mark.parametrize("name", BEYOND_THE_PAPER)
+def test_transformer_is_quantized_as_transformers_want_it(name):
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    config = OscQATConfig(**recipe["quantization"])
+    bits = 4 if "w4a4" in name else 3
+    assert (config.weight_bits, config.activation_bits, config.first_last_bits) == (bits, bits, 8)
+    assert (config.weight_granularity, config.activation_scheme) == ("per_channel", "asymmetric")
+    assert config.batchnorm_reestimation_batches == 0
+    assert config.freezing is not None
+    assert (recipe["weight_optimizer"], recipe["weight_decay"]) == ("adamw", 0.05)
+    assert recipe["output_dir"] == f"runs/{name}"
+    model = timm.create_model(recipe["model_name_or_path"])
+    assert recipe["crop_pct"] == model.pretrained_cfg["crop_pct"]
+    assert recipe["interpolation"] == model.pretrained_cfg["interpolation"]
 
 
 @each_leaf
