@@ -23,7 +23,7 @@ import timm
 import torch
 from timm.layers import DropPath
 from tqdm import tqdm
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_oscqat import (
@@ -77,16 +77,14 @@ def whole_path(name: str) -> dict[str, Any]:
     step = "create"
     try:
         model = timm_wrapper(name, list("abcde"))
-        cfg = model.timm_model.pretrained_cfg
-        size = cfg["input_size"] if cfg.get("fixed_input_size") else (3, *(min(s, 96) for s in cfg["input_size"][1:]))
-        images = torch.randn(2, *size)
+        images = _smallest_images(model)
         for module in model.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0  # a branch that is dropped gets no gradient
+        unused = _without_gradient(model, images)
         reestimate_batchnorm(model, [images])
         with torch.no_grad():
             expected = model(images).logits
-        unused = _without_gradient(model, images)
         step = "prepare"
         try:
             prepare_qat(model, OscQATConfig(**CONFIG))
@@ -123,6 +121,18 @@ def whole_path(name: str) -> dict[str, Any]:
     except Exception as error:  # whatever one architecture does, the others are tried
         return {"step": step, "error": f"{type(error).__name__}: {str(error)[:300]}"}
     return {"ok": True, "layers": sum(1 for row in describe(packed) if row.weight_bits)}
+
+
+def _smallest_images(model: PreTrainedModel) -> torch.Tensor:
+    """Two images of 96 pixels where the architecture takes them, else of its own size."""
+    channels, *own = model.timm_model.pretrained_cfg["input_size"]
+    small = torch.randn(2, channels, *(min(size, 96) for size in own))
+    try:
+        with torch.no_grad():
+            model(small)
+    except Exception:  # patches, windows and position tables that do not fit raise errors of many kinds
+        return torch.randn(2, channels, *own)
+    return small
 
 
 def _identity_difference(model: torch.nn.Module, images: torch.Tensor, expected: torch.Tensor) -> float:
