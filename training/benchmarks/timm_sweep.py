@@ -124,15 +124,17 @@ def whole_path(name: str) -> dict[str, Any]:
 
 
 def _smallest_images(model: PreTrainedModel) -> torch.Tensor:
-    """Two images of 96 pixels where the architecture takes them, else of its own size."""
+    """Two images of the smallest of some sizes that the architecture takes, or of its own size."""
     channels, *own = model.timm_model.pretrained_cfg["input_size"]
-    small = torch.randn(2, channels, *(min(size, 96) for size in own))
-    try:
-        with torch.no_grad():
-            model(small)
-    except Exception:  # patches, windows and position tables that do not fit raise errors of many kinds
-        return torch.randn(2, channels, *own)
-    return small
+    for pixels in (96, 112, 128, 192, 224):
+        images = torch.randn(2, channels, *(min(size, pixels) for size in own))
+        try:
+            with torch.no_grad():
+                model(images)
+        except Exception:  # patches, windows and position tables that do not fit raise errors of many kinds
+            continue
+        return images
+    return torch.randn(2, channels, *own)
 
 
 def _identity_difference(model: torch.nn.Module, images: torch.Tensor, expected: torch.Tensor) -> float:
