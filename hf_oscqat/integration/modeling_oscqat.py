@@ -535,6 +535,8 @@ def standardise(layer: nn.Module, weight: Tensor) -> Tensor:
         Tensor shaped like `weight`, differentiable in it and in the gain.
     """
     conv = cast(Any, layer)
+    if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
+        return weight  # while it is being loaded; who asks wants the shape
     gain = (conv.gain * conv.scale).view(-1) if hasattr(conv, "gain") else None
     rows = weight.reshape(1, conv.out_channels, -1)
     return F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0.0, eps=conv.eps).reshape_as(weight)

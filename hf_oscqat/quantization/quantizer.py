@@ -191,6 +191,8 @@ class Quantizer(nn.Module):
         Raises:
             RuntimeError: if the quantizer was never calibrated.
         """
+        if not self.calibrated and not self.scale.is_meta:
+            self.refresh()  # some models read weights while they are being loaded
         if not self.calibrated:
             raise RuntimeError(
                 "this quantizer has no range yet: run hf_oscqat.calibrate(model, batches) before the model is used"

@@ -84,10 +84,11 @@ def test_whole_path(name, tmp_path):
         with pytest.raises(RuntimeError, match="shared tensors"):
             packed.save_pretrained(tmp_path)
         return
-    packed.save_pretrained(tmp_path)
-    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(loaded(images).logits, logits)
+    for form, saved in (("training", model), ("packed", packed)):
+        saved.save_pretrained(tmp_path / form)
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / form).eval()
+        with torch.no_grad():
+            assert torch.equal(loaded(images).logits, logits), form
     assert {row.name: row.weight_bits for row in describe(loaded)} == {
         row.name: row.weight_bits for row in describe(model)
     }

@@ -1,6 +1,6 @@
 """Try every architecture of timm: which are quantized whole, which partly, which are refused, and why.
 
-    python training/benchmarks/timm_sweep.py --json docs/coverage.json [--families] [--names NAME ..] [--markdown FILE]
+    python training/benchmarks/timm_sweep.py --json runs/coverage.json [--families] [--names NAME ..] [--markdown FILE]
 
 All names are prepared on the meta device, without weights. With `--families`, the smallest architecture of each family
 goes the whole way with random weights: quantizers that let everything pass give the float model's output exactly; then
@@ -170,7 +170,7 @@ def to_markdown(results: dict[str, Any]) -> str:
     lines = [
         "# Coverage of timm",
         "",
-        "Made by `python training/benchmarks/timm_sweep.py --families --json docs/coverage.json --markdown "
+        "Made by `python training/benchmarks/timm_sweep.py --families --json runs/coverage.json --markdown "
         f"docs/coverage.md`, with {results['versions']}.",
         "",
         f"Of {len(names)} architectures, {len(names) - len(refused)} are prepared, {len(partly)} of them with a layer "
@@ -194,6 +194,7 @@ def to_markdown(results: dict[str, Any]) -> str:
     for name, row in {**failed, **done}.items():
         said = "whole path" if row.get("ok") else row.get("refused") or f"{row['step']}: {row['error']}"
         said = said.replace("\n", " ").replace("|", "/")
+        said = said if len(said) < 200 else f"{said[:200]} .."
         count = names[name]
         lines.append(
             f"| {count['family']} | {name} | {count['parameters']:,} | {count.get('quantized', '')} | {said} |"
@@ -235,7 +236,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         smallest: dict[str, str] = {}
         for name, row in sorted(results["names"].items(), key=lambda item: item[1]["parameters"]):
             smallest.setdefault(row["family"], name)
-        chosen = args.names or sorted(smallest.values())
+        chosen = args.names or list(smallest.values())  # small ones first
         for name in tqdm([n for n in chosen if n not in results["families"]], desc="The whole way"):
             results["families"][name] = whole_path(name)
             save()
