@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_oscqat.quantization.quantizer import Quantizer
 
-MAX_SAMPLES = 2**18
+MAX_SAMPLES = 200_000
 """Values of one batch that percentile and MSE keep; weights are kept whole."""
 
 
