@@ -126,7 +126,7 @@ class OscQATConfig(QuantizationConfigMixin):
         _check_choice("activation_scheme", self.activation_scheme, ("symmetric", "asymmetric"))
         _check_choice("range_estimator", self.range_estimator, tuple(RANGE_ESTIMATORS))
         _check_choice("gradient_estimator", self.gradient_estimator, tuple(GRADIENT_ESTIMATORS))
-        self.calibration_policy = _calibration_policy(self.calibration_policy)
+        self.calibration_policy = calibration_policy(self.calibration_policy)
         _check_choice("scale_domain", self.scale_domain, ("linear", "log"))
         if self.gradient_estimator_args is None:
             self.gradient_estimator_args = {}
@@ -223,7 +223,12 @@ def _overrides(given: Any) -> dict[str, dict[str, int | None]]:
     return {pattern: dict(override) for pattern, override in given.items()}
 
 
-def _calibration_policy(given: Any) -> dict[str, str]:
+def calibration_policy(given: Any) -> dict[str, str]:
+    """Complete and check a calibration policy; see `OscQATConfig`.
+
+    Raises:
+        ValueError: for an unknown key or a value other than "error" and "warn".
+    """
     given = {} if given is None else given
     if not isinstance(given, Mapping):
         raise ValueError(f"got calibration_policy={given!r}, expected a mapping such as {{'no_range': 'error'}}")

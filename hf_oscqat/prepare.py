@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
-from hf_oscqat.config import CALIBRATION_POLICY, QUANT_METHOD, OscQATConfig
+from hf_oscqat.config import CALIBRATION_POLICY, QUANT_METHOD, OscQATConfig, calibration_policy
 from hf_oscqat.quantization.functional import output_axis
 from hf_oscqat.quantization.gradient_estimators import STRAIGHT_THROUGH
 from hf_oscqat.quantization.layers import (
@@ -105,13 +106,11 @@ def insert_quantizers(model: nn.Module, config: OscQATConfig, *, partial_model: 
         raise ValueError("got a model that is prepared already, expected a float model")
     plans = plan_layers(model, config, partial_model=partial_model)
     ready = [(plan, *_new_quantizers(plan, config)) for plan in plans]
-    found = [
-        (plan.name, quantizer, _weight_estimator(plan.name, quantizer, _float_weight(plan.layer)))
-        for plan, quantizer, _ in ready
-        if quantizer is not None and not plan.layer.weight.is_meta
-    ]
-    grids = _find_ranges([(name, estimator) for name, _, estimator in found], _Report(config.calibration_policy))
-    for (_, quantizer, _), grid in zip(found, grids, strict=True):
+    weights = [(plan, q) for plan, q, _ in ready if q is not None and not plan.layer.weight.is_meta]
+    # One after the other, because an estimator keeps a copy of its weight.
+    estimators = ((plan.name, _weight_estimator(plan.name, q, _float_weight(plan.layer))) for plan, q in weights)
+    grids = _find_ranges(estimators, _Report(config.calibration_policy))
+    for (_, quantizer), grid in zip(weights, grids, strict=True):
         quantizer.set_range(grid.scale, grid.zero_point)
     separate_qkv_bias(model)
     for plan, weight_quantizer, input_quantizer in ready:
@@ -192,12 +191,7 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], policy: Mapping[str, s
     """
     if not any(True for _ in quantized_layers(model)):
         raise ValueError("got a model without quantized layers, expected a prepared one: run prepare_qat first")
-    found = [
-        (name, layer.weight_quantizer, _weight_estimator(name, layer.weight_quantizer, layer.float_weight))
-        for name, layer in quantized_layers(model)
-        if layer.weight_quantizer is not None
-    ]
-    report = _Report(_policy_of(model) if policy is None else CALIBRATION_POLICY | dict(policy))
+    report = _Report(_policy_of(model) if policy is None else calibration_policy(policy))
     untouched = _untouched_batchnorm(model)
     if untouched:
         report(
@@ -216,7 +210,6 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], policy: Mapping[str, s
             f"got no input at the quantizers of {', '.join(never_called)}: the model uses these weights without "
             f"calling the layer. Leave them in float with modules_to_not_convert={never_called!r}",
         )
-    found += [(name, observer.estimator.quantizer, observer.estimator) for name, observer in observers.items()]
     constant = [short_name(name) for name, o in observers.items() if o.estimator.batches and o.estimator.is_constant]
     if constant:
         report(
@@ -224,8 +217,12 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], policy: Mapping[str, s
             f"got the same value everywhere at the inputs of {', '.join(constant)}, expected activations: the network "
             "before may be dead",
         )
-    grids = _find_ranges([(name, estimator) for name, _, estimator in found], report)
-    for (_, quantizer, _), grid in zip(found, grids, strict=True):
+    weights = [(name, layer, q) for name, layer in quantized_layers(model) if (q := layer.weight_quantizer)]
+    of_weights = ((name, _weight_estimator(name, q, layer.float_weight)) for name, layer, q in weights)
+    of_inputs = ((name, observer.estimator) for name, observer in observers.items())
+    grids = _find_ranges(chain(of_weights, of_inputs), report)
+    found = [q for _, _, q in weights] + [observer.estimator.quantizer for observer in observers.values()]
+    for quantizer, grid in zip(found, grids, strict=True):
         quantizer.set_range(grid.scale, grid.zero_point, signed=grid.signed)
 
 
@@ -442,13 +439,12 @@ def _find_ranges(estimators: Iterable[tuple[str, RangeEstimator]], report: _Repo
     """What each estimator proposes, or the grid of [-1, 1] where its values say nothing and the policy allows it."""
     grids, empty = [], []
     for name, estimator in estimators:
-        try:
-            grids.append(estimator.finish() if estimator.batches else estimator.unit_grid())
-        except NoRangeError:
-            empty.append(short_name(name))
-            grids.append(estimator.unit_grid())
-        except ValueError as error:
-            raise ValueError(f"no range for layer {short_name(name)!r}: {error}") from error
+        with _naming_layer(name):
+            try:
+                grids.append(estimator.finish() if estimator.batches else estimator.unit_grid())
+            except NoRangeError:
+                empty.append(short_name(name))
+                grids.append(estimator.unit_grid())
     if empty:
         report(
             "no_range",

@@ -622,6 +622,11 @@ class TestCalibrationPolicy:
         assert "quantizers of shy" in caplog.text
         assert model(torch.rand(8, 4)).isfinite().all()
 
+    @pytest.mark.parametrize("policy", [{"no_rang": "warn"}, {"no_range": "ignore"}])
+    def test_bad_policy_is_an_error(self, make_prepared, images, policy):
+        with pytest.raises(ValueError, match=r"^got .*(no_rang|ignore)"):
+            calibrate(make_prepared(), [images], policy)
+
     def test_policy_of_the_models_config_is_taken(self, make_wrapper, pixel_values):
         model = prepare_qat(make_wrapper(), OscQATConfig(calibration_policy={"constant": "error"}))
         nn.init.zeros_(model.timm_model.bn2.weight)

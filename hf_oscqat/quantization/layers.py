@@ -123,6 +123,21 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
             yield name, module
 
 
+def quantized_weights(model: nn.Module) -> Iterator[tuple[Tensor, Quantizer]]:
+    """Yield `(float_weight, quantizer)` for each weight that is quantized.
+
+    Raises:
+        ValueError: if none is.
+    """
+    found = False
+    for _, layer in quantized_layers(model):
+        if layer.weight_quantizer is not None:
+            found = True
+            yield layer.float_weight, layer.weight_quantizer
+    if not found:
+        raise ValueError("got a model without quantized weights, expected a prepared one: run prepare_qat first")
+
+
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     """Yield `(name, quantizer)` for each quantizer of the model, named like its module."""
     for name, module in model.named_modules():

@@ -191,6 +191,7 @@ class Percentile(_Sampling):
         return self._grid_of_range(values[:, outside], values[:, last - outside], signed)
 
 
+@dataclass
 class MSE(_Sampling):
     """The range with the least squared error between the values and their quantized form.
 
@@ -198,6 +199,12 @@ class MSE(_Sampling):
     grid is searched over both ends. Those of the published search are among them. (It adds 0.5 to the range, so
     that only about 9 of its 100 candidates are of use for a layer whose weights stay within 0.05; but the error has
     several minima, and now and then one of them is the lowest.)
+
+    Args:
+        quantizer: see `RangeEstimator`.
+        keep_all: see `RangeEstimator`.
+        num_candidates: widths that the published search tries.
+        range_margin: what it adds to the largest absolute value, in the units of the data.
     """
 
     COARSE = 100
@@ -229,14 +236,19 @@ class MSE(_Sampling):
             limit = self._best_symmetric(error_of, torch.cat([best, around], 1), signed)
             return self._grid_of_range(-limit, limit, signed)
 
-        published = [has_range * ends for ends in self._published_ends()]
-        for steps in (torch.linspace(0.05, 1, 20), 1 + torch.linspace(-0.1, 0.1, 21)):
-            lows, highs = low[:, None] * steps.to(low), high[:, None] * steps.to(low)
-            lows, highs = lows.repeat_interleave(len(steps), 1), highs.repeat(1, len(steps))
-            low, high = self._best_asymmetric(
-                error_of, torch.cat([lows, published[0]], 1), torch.cat([highs, published[1]], 1)
-            )
+        lows, highs = self._around(low, high, torch.linspace(0.05, 1, 20))
+        if not (self.quantizer.per_channel and self.quantizer.num_bits > 4):  # thousands of shifts for each channel
+            published = [has_range * ends for ends in self._published_ends()]
+            lows, highs = torch.cat([lows, published[0]], 1), torch.cat([highs, published[1]], 1)
+        low, high = self._best_asymmetric(error_of, lows, highs)
+        lows, highs = self._around(low, high, 1 + torch.linspace(-0.1, 0.1, 21))
+        lows, highs = torch.cat([low[:, None], lows], 1), torch.cat([high[:, None], highs], 1)
+        low, high = self._best_asymmetric(error_of, lows, highs)
         return self._grid_of_range(low, high, signed)
+
+    def _around(self, low: Tensor, high: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        lows, highs = low[:, None] * steps.to(low), high[:, None] * steps.to(low)
+        return lows.repeat_interleave(len(steps), 1), highs.repeat(1, len(steps))
 
     def _published_limits(self) -> Tensor:
         widest = torch.maximum(-self.lowest, self.highest)
@@ -271,7 +283,6 @@ class MSE(_Sampling):
         return lows.gather(1, best).squeeze(1), highs.gather(1, best).squeeze(1)
 
 
-@dataclass
 class PublishedMSE(MSE):
     """The published search for the least squared error: `num_candidates` equal steps of the first batch's range.
 
@@ -281,17 +292,8 @@ class PublishedMSE(MSE):
     Asymmetric grids: each candidate range `[-t, t]` is also shifted by whole steps of its grid to either side, by less
     than a quarter of them, and cut to the data's range with its margin. Data without negatives takes `[0, t]`.
 
-    Args:
-        quantizer: see `RangeEstimator`.
-        keep_all: see `RangeEstimator`.
-        num_candidates: widths that are tried.
-        range_margin: added to the largest absolute value, in the units of the data.
-
     Source: published code of Nagel et al. (ICML 2022).
     """
-
-    num_candidates: int = 100
-    range_margin: float = 0.5
 
     def _grid(self, signed: bool) -> tuple[Tensor, Tensor | None]:
         error_of = _SquaredError(torch.cat(self.samples, 1), self.quantizer.num_bits)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_oscqat.quantization.layers import quantized_layers
+from hf_oscqat.quantization.layers import quantized_weights
 from hf_oscqat.remedies.base import Remedy
 from hf_oscqat.remedies.schedules import check_anneal_start, cosine_anneal
 
@@ -32,19 +32,13 @@ def dampening_loss(model: nn.Module) -> Tensor:
         ValueError: if the model has no quantized weight.
     """
     terms = []
-    for _, layer in quantized_layers(model):
-        quantizer = layer.weight_quantizer
-        if quantizer is None:
-            continue
-        weight = layer.float_weight
+    for weight, quantizer in quantized_weights(model):
         centre = quantizer.to_real(quantizer.to_int(weight))
         ends = [1] * weight.ndim
         low = quantizer.to_real(centre.new_full(ends, quantizer.qmin))
         high = quantizer.to_real(centre.new_full(ends, quantizer.qmax))
         distance = torch.minimum(torch.maximum(weight, low), high) - centre
         terms.append(distance.square().movedim(quantizer.axis, 0).flatten(1).mean(1).sum())
-    if not terms:
-        raise ValueError("got a model without quantized weights, expected a prepared one: run prepare_qat first")
     return torch.stack(terms).sum()
 
 

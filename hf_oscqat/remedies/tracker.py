@@ -78,7 +78,6 @@ class OscillationState(nn.Module):
         self.has_previous = False
         self.has_mean = False
 
-    @torch.no_grad()
     def observe(self, weight: Tensor, quantizer: Quantizer, momentum: float) -> None:
         """Count one step.
 
@@ -201,21 +200,18 @@ class OscillationTracker:
                 quantizer.allow_freezing(layer.latent_weight)
                 self.layers[name] = layer
 
+    @torch.no_grad()
     def tick(self, threshold: float = 0.0) -> None:
         """Take one step of statistics; call it once per applied optimizer step, before that step.
 
         Args:
             threshold: freeze weights whose frequency exceeds it, from the next forward on; 0 freezes nothing.
         """
-        with torch.no_grad():
-            self._observe()
-        if threshold > 0:
-            self.freeze(threshold)
-
-    def _observe(self) -> None:
         for layer in self.layers.values():
             assert layer.weight_quantizer is not None
             oscillation_state(layer).observe(layer.float_weight, layer.weight_quantizer, self.momentum)
+        if threshold > 0:
+            self.freeze(threshold)
 
     def freeze(self, threshold: float, *, use_ema: bool | None = None) -> None:
         """Freeze every tracked weight whose frequency exceeds `threshold`; the second half of a tick.
