@@ -48,14 +48,25 @@ def draw_distances(before: Mapping[str, Any], after: Mapping[str, Any], path: Pa
     figure = Figure(figsize=(6.4, 3.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for histogram, colour, label in ((before, BEFORE, "before training"), (after, AFTER, "after training")):
-        counts, low, high = histogram["counts"], histogram["low"], histogram["high"]
-        width = (high - low) / len(counts)
-        edges = [low + width * i for i in range(len(counts) + 1)]
-        total = sum(counts) or 1
-        axes.stairs([100 * c / total for c in counts], edges, color=colour, label=label, linewidth=1.8)
+        outline(axes, histogram, color=colour, label=label, linewidth=1.8)
     axes.set(xlabel="distance to the nearest grid point, in grid steps", ylabel="low-bit weights, %", xlim=(-0.5, 0.5))
     axes.set_ylim(bottom=0)
     _finish(figure, path)
+
+
+def outline(axes: Axes, histogram: Mapping[str, Any], **style: Any) -> None:
+    """Draw the outline of a histogram, in percent of its weights.
+
+    Args:
+        axes: where to draw.
+        histogram: `DistanceHistogram.to_dict()`.
+        **style: of the line.
+    """
+    counts, low, high = histogram["counts"], histogram["low"], histogram["high"]
+    width = (high - low) / len(counts)
+    edges = [low + width * i for i in range(len(counts) + 1)]
+    total = sum(counts) or 1
+    axes.stairs([100 * c / total for c in counts], edges, **style)
 
 
 def tidy(axes: Axes, legend: Mapping[str, Any] | None = None) -> None:

@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -68,15 +68,17 @@ def write(study: Study, settings: Any, result: StudyResult) -> list[Path]:
         writer.writeheader()
         writer.writerows(result.rows)
     result.figure.savefig(picture)
+    # A study without the option uses no accelerator.
+    uses_cuda = torch.cuda.is_available() and not getattr(settings, "use_cpu", True)
     content = {
         "study": study.name,
         "question": study.question,
         "source": study.source,
         "finding": result.finding,
-        "settings": asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else {},
+        "settings": asdict(settings),
         "rows": result.rows,
         "versions": {name: version(name) for name in ("hf_oscqat", "torch", "timm", "transformers")},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": torch.cuda.get_device_name() if uses_cuda else "CPU",
         "date": date.today().isoformat(),
     }
     record.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from hf_oscqat.remedies.batchnorm import reestimate_batchnorm
 from hf_oscqat.remedies.tracker import OscillationTracker
-from hf_oscqat.report.pictures import AFTER, BEFORE, tidy
+from hf_oscqat.report.pictures import AFTER, BEFORE, outline, tidy
 from hf_oscqat.report.recorder import DistanceHistogram, distance_histogram
 from hf_oscqat.studies.base import Study, StudyResult
 from hf_oscqat.studies.experiment import METHODS, OSCILLATING_ABOVE, TRACKER_MOMENTUM, Experiment, ExperimentSettings
@@ -56,9 +56,7 @@ def _draw(before: DistanceHistogram, after: dict[str, DistanceHistogram]) -> Fig
     panels: Any = figure.subplots(1, len(after), sharey=True)
     for axes, (method, histogram) in zip(panels.flat, after.items(), strict=True):
         for shown, colour, label in ((before, BEFORE, "before training"), (histogram, AFTER, "after")):
-            bins, total = len(shown.counts), sum(shown.counts) or 1
-            edges = [shown.low + (shown.high - shown.low) * i / bins for i in range(bins + 1)]
-            axes.stairs([100 * c / total for c in shown.counts], edges, color=colour, label=label, linewidth=1.6)
+            outline(axes, shown.to_dict(), color=colour, label=label, linewidth=1.6)
         axes.set_title(method.replace("_", " "), loc="left", fontsize=9)
         axes.set(xlim=(-0.5, 0.5))
         tidy(axes)
