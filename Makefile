@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RECIPE := training/recipes/quickstart.yaml
 
-.PHONY: demo test test-long style quality clean
+.PHONY: demo test test-long style quality bench clean
 
 demo: $(VENV)/installed  ## float training, low-bit training, packing and the table of results, on built-in digits
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -25,6 +25,22 @@ style: $(VENV)/installed  ## mend lint and format, and remake the file that is m
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python -m hf_oscqat.integration.remote_code
+
+bench: $(VENV)-bench/installed  ## what a training step costs, beside float training and other libraries; BENCH=options
+	PATH="$(CURDIR)/$(VENV)-bench/bin:$$PATH" $(VENV)-bench/bin/python training/benchmarks/bench.py \
+		--json docs/bench/ --picture docs/bench/ $(BENCH)
+
+# A library that does not install beside this torch costs its own row, and no other.
+$(VENV)-bench/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/pip install --quiet --upgrade pip
+	$(VENV)-bench/bin/pip install --quiet -e ".[bench]" || { $(VENV)-bench/bin/pip install --quiet -e . && \
+		for library in $$($(VENV)-bench/bin/python -c 'import tomllib; \
+			print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])'); \
+		do $(VENV)-bench/bin/pip install --quiet -e . "$$library" \
+			|| echo "$$library cannot be installed here: its row of the table will say that it is missing"; \
+		done; }
+	touch $@
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

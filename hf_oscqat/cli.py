@@ -1,16 +1,18 @@
 """`oscqat`: the command line of the package."""
 
 import argparse
+import gc
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
-import transformers
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from transformers import HfArgumentParser
+
+if TYPE_CHECKING:
+    from hf_oscqat.prepare import LayerDescription
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,9 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     inspect.add_argument("name", help="a timm name")
-    inspect.add_argument("--weight-bits", type=int, default=4)
-    inspect.add_argument("--activation-bits", type=int, default=4)
-    inspect.add_argument("--first-last-bits", type=int, default=8)
+    for option, default in (("--weight-bits", 4), ("--activation-bits", 4), ("--first-last-bits", 8)):
+        inspect.add_argument(option, type=_bits, default=default, metavar="BITS", help="2 to 8, or float")
     inspect.add_argument(
         "--modules-to-not-convert", nargs="+", default=[], metavar="PATTERN", help="layers that stay float"
     )
@@ -51,15 +52,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and args.command != "study":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return _study(args.name, rest) if args.command == "study" else _inspect(args)
+        if args.command == "inspect":
+            with _without_garbage_collection():
+                return _inspect(args)
+        # `import hf_oscqat` leaves this to the command line, where what only lists layers should not wait for it.
+        from hf_oscqat.integration.register import register
+
+        register()
+        return _study(args.name, rest)
     except ValueError as error:
         # Bad input: the message is for the user, the traceback is not.
-        transformers.logging.get_logger("oscqat").debug("", exc_info=True)
+        logging.getLogger(__name__).debug("", exc_info=True)
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
 
 
 def _study(name: str | None, options: list[str]) -> int:
+    from transformers import HfArgumentParser
+
     from hf_oscqat.config import check_keys
     from hf_oscqat.studies import STUDIES
     from hf_oscqat.studies.base import show, write
@@ -107,36 +117,50 @@ def _inspect(args: argparse.Namespace) -> int:
         modules_to_not_convert=args.modules_to_not_convert,
     )
     rows = inspect_timm(args.name, config)
-    title = f"{args.name}, W{config.weight_bits}A{config.activation_bits}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("layer", "class", "shape", "weight", "input", "parameters", "bytes", "why float"):
-        numeric = column in ("weight", "input", "parameters", "bytes")
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        layer = row.layer
-        shape = " x ".join(map(str, layer.shape))
-        widths = (str(layer.weight_bits or "float"), str(layer.input_bits or "float") if layer.weight_bits else "")
-        table.add_row(
-            layer.name,
-            layer.layer_class,
-            shape,
-            *widths,
-            f"{row.parameters:,}",
-            f"{row.bytes:,}",
-            layer.why_float or "",
-        )
-    console = Console()
-    # A pipe or a file has no width of its own.
-    console = console if console.is_terminal else Console(width=140)
-    console.print(table)
     parameters, size = sum(row.parameters for row in rows), sum(row.bytes for row in rows)
-    quantized = sum(row.parameters for row in rows if row.layer.weight_bits)
-    console.print(
-        f"{parameters:,} parameters, {100 * quantized / parameters:.2f}% of them quantized; {size:,} bytes instead of "
-        f"{4 * parameters:,}, {4 * parameters / size:.2f} times smaller, without scales and header",
+    quantized = sum(row.parameters for row in rows if row.weight_bits)
+    # In plain text, a layer to a line however narrow the window: models have up to a thousand of them.
+    Console().out(
+        f"{args.name}, W{config.weight_bits or 32}A{config.activation_bits or 32}\n",
+        _table(rows),
+        f"\n{parameters:,} parameters, {100 * quantized / parameters:.2f}% of them quantized; {size:,} bytes instead "
+        f"of {4 * parameters:,}, {4 * parameters / size:.2f} times smaller, without scales and header",
+        sep="\n",
         highlight=False,
     )
     return 0
+
+
+def _table(rows: "list[LayerDescription]") -> str:
+    columns = {"layer": "<", "class": "<", "shape": "<", "weight": ">", "input": ">"}
+    columns |= {"parameters": ">", "bytes": ">", "why float": "<"}
+    cells: list[tuple[str, ...]] = [tuple(columns)]
+    for row in rows:
+        inputs = "" if row.weight_bits is None and row.input_bits is None else str(row.input_bits or "float")
+        described = (row.name, row.layer_class, " x ".join(map(str, row.shape)), str(row.weight_bits or "float"))
+        cells.append((*described, inputs, f"{row.parameters:,}", f"{row.bytes:,}", row.why_float or ""))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, tuple("-" * width for width in widths))
+    formats = [f"{direction}{width}" for direction, width in zip(columns.values(), widths, strict=True)]
+    return "\n".join("  ".join(map(format, line, formats)).rstrip() for line in cells)
+
+
+def _bits(word: str) -> int | None:
+    if word != "float" and not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected 2 to 8, or float")
+    return None if word == "float" else int(word)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Save the fifth of the time that the collector would spend on looking at what is imported, which is all kept."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 if __name__ == "__main__":

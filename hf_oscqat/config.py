@@ -156,6 +156,12 @@ class OscQATConfig(QuantizationConfigMixin):
         own = (getattr(self, name).momentum for name in REMEDIES if hasattr(getattr(self, name), "momentum"))
         return next(own, self.tracker_momentum)
 
+    @property
+    def use_ema(self) -> bool:
+        """Whether the tracker freezes at mean integers, if a remedy freezes."""
+        own = (getattr(self, name).use_ema for name in REMEDIES if hasattr(getattr(self, name), "use_ema"))
+        return next(own, True)
+
     @classmethod
     def valid_keys(cls) -> list[str]:
         """Names that the constructor takes."""

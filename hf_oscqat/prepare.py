@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import PreTrainedModel
-from transformers.quantizers import AutoHfQuantizer
 
 from hf_oscqat.config import CALIBRATION_POLICY, QUANT_METHOD, OscQATConfig, calibration_policy
+from hf_oscqat.quantization.activations import fold_activations
 from hf_oscqat.quantization.functional import output_axis
 from hf_oscqat.quantization.gradient_estimators import STRAIGHT_THROUGH
 from hf_oscqat.quantization.layers import (
@@ -26,10 +26,14 @@ from hf_oscqat.quantization.layers import (
     quantizers,
 )
 from hf_oscqat.quantization.packed import PackedLayer
+from hf_oscqat.quantization.packing import packed_width
 from hf_oscqat.quantization.quantizer import LogScaleQuantizer, Quantizer
 from hf_oscqat.quantization.range_estimators import RANGE_ESTIMATORS, GridParameters, NoRangeError, RangeEstimator
 from hf_oscqat.quantization.timm_layers import forbid_merging, is_standardised, separate_qkv_bias, standardise
 from hf_oscqat.remedies.batchnorm import Batch, batchnorm_layers, forward_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +87,9 @@ def prepare_qat(model: nn.Module, config: OscQATConfig) -> nn.Module:
             f"{'its' if config.layers else 'no'} layers, as pack writes it, expected one for training: make a new "
             "OscQATConfig; packed checkpoints cannot be trained on"
         )
+    # Here and not above, because it takes a second that looking at a timm model does not need.
+    from transformers import PreTrainedModel
+
     insert_quantizers(model, config)
     if isinstance(model, PreTrainedModel):
         attach_config(model, config)
@@ -115,6 +122,7 @@ def insert_quantizers(model: nn.Module, config: OscQATConfig, *, partial_model: 
     separate_qkv_bias(model)
     for plan, weight_quantizer, input_quantizer in ready:
         quantize_layer(plan.layer, weight_quantizer, input_quantizer)
+    fold_activations(model)
     forbid_merging(model)
 
 
@@ -133,21 +141,26 @@ def plan_layers(model: nn.Module, config: OscQATConfig, *, partial_model: bool =
     override_patterns = _Patterns("overrides", list(config.overrides))
     candidates: dict[str, nn.Module] = {}
     float_owners: list[str] = []
+    refused: list[str] = []
+    why = ""
     for name, module in model.named_modules():
         reason = _why_refused(module)
         if reason is None and not isinstance(module, QUANTIZABLE):
             continue
-        if any(name.startswith(f"{owner}.") for owner in float_owners):
+        if any(name.startswith(f"{owner}.") for owner in [*float_owners, *refused]):
             continue
         if float_patterns.matching(name):
             float_owners.append(name)
         elif reason is not None:
-            raise ValueError(
-                f"got layer {short_name(name)!r} of class {type(module).__name__}, which cannot be quantized: "
-                f"{reason}. Leave it in float with modules_to_not_convert=[{short_name(name)!r}]"
-            )
+            refused.append(name)
+            why = why or f"{short_name(name)!r} of class {type(module).__name__}, which cannot be quantized: {reason}"
         else:
             candidates[name] = module
+    if refused:
+        them = "it" if len(refused) == 1 else f"it and {len(refused) - 1} more"
+        raise ValueError(
+            f"got layer {why}. Leave {them} in float with modules_to_not_convert={list(map(short_name, refused))}"
+        )
     if not candidates:
         raise ValueError("got a model without a layer to quantize, expected Conv or Linear layers left to convert")
 
@@ -170,7 +183,24 @@ def plan_layers(model: nn.Module, config: OscQATConfig, *, partial_model: bool =
         names = [short_name(name) for name in candidates]
         float_patterns.check_all_matched(names)
         override_patterns.check_all_matched(names)
+        if not plans:
+            raise ValueError("got a config that leaves every layer in float, expected bits for some: set weight_bits")
     return plans
+
+
+def check_layers(model: nn.Module, config: OscQATConfig) -> None:
+    """Refuse a model with a layer that its config quantizes and that has no quantizers: it was put there afterwards.
+
+    Raises:
+        ValueError: naming the layers.
+    """
+    plans = plan_layers(model, config, partial_model=True)
+    late = [short_name(plan.name) for plan in plans if not isinstance(plan.layer, QuantizedLayer)]
+    if late:
+        raise ValueError(
+            f"got float layers {', '.join(late)}, which the config quantizes, expected none put there after "
+            "prepare_qat: replace layers (as reset_classifier does) before it"
+        )
 
 
 def calibrate(model: nn.Module, batches: Iterable[Batch], policy: Mapping[str, str] | None = None) -> None:
@@ -186,23 +216,29 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], policy: Mapping[str, s
             that of [-1, 1].
 
     Raises:
-        ValueError: if the model is not prepared, there are no batches, a quantizer saw a NaN, or the policy makes an
-            error of what is wrong. The layer is named, and no range has been changed.
+        ValueError: if the model is not prepared or a layer was replaced afterwards, there are no batches, a quantizer
+            saw a NaN, or the policy makes an error of what is wrong. The layer is named, and no range has been
+            changed.
     """
     if not any(True for _ in quantized_layers(model)):
         raise ValueError("got a model without quantized layers, expected a prepared one: run prepare_qat first")
-    report = _Report(_policy_of(model) if policy is None else calibration_policy(policy))
+    config = _config_of(model)
+    if config is not None:
+        check_layers(model, config)
+    if policy is None:
+        policy = CALIBRATION_POLICY if config is None else config.calibration_policy
+    report = _Report(calibration_policy(policy))
     untouched = _untouched_batchnorm(model)
     if untouched:
         report(
             "untouched_batchnorm",
             f"got batch-norm statistics that nothing has touched, in {', '.join(untouched[:3])} and {len(untouched)} "
             "layers in all: activations will not have the ranges they have in training. Load trained weights, or run "
-            "hf_oscqat.reestimate_batchnorm(model, batches) first",
+            "hf_oscqat.reestimate_batchnorm(model, batches) before prepare_qat",
         )
     with _observing_inputs(model) as observers:
-        if observers:
-            _run(model, batches)
+        if observers and _run(model, batches):
+            report("constant", "got the same value everywhere in all batches, expected images as in training")
     never_called = [short_name(name) for name, observer in observers.items() if observer.estimator.batches == 0]
     if never_called:
         report(
@@ -247,6 +283,7 @@ class LayerDescription:
         shape: shape of the weight.
         weight_bits: None for float.
         input_bits: None for float.
+        bytes: of the weight in a packed checkpoint; scales not included.
         why_float: why the weight is not quantized; None where it is.
     """
 
@@ -255,11 +292,19 @@ class LayerDescription:
     shape: tuple[int, ...]
     weight_bits: int | None
     input_bits: int | None
+    bytes: int
     why_float: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the weight."""
+        return prod(self.shape)
 
 
 def describe(model: nn.Module) -> list[LayerDescription]:
     """List every layer and every other parameter of two or more dimensions, with its widths.
+
+    A module that the model holds in several places is listed once, by the name of the first.
 
     Args:
         model: any model, float, prepared or packed; in one that is neither prepared nor packed everything is float.
@@ -267,34 +312,39 @@ def describe(model: nn.Module) -> list[LayerDescription]:
     rows = []
     is_float = not any(isinstance(module, QuantizedLayer | PackedLayer) for module in model.modules())
     for name, module in model.named_modules():
+        tensors = {n: (tuple(p.shape), p.element_size()) for n, p in module.named_parameters(recurse=False)}
         if isinstance(module, PackedLayer) and module.format.weight is not None:
-            rows.append(
-                LayerDescription(
-                    short_name(name),
-                    type(module).__name__.removeprefix("Packed"),
-                    module.format.weight.shape,
-                    module.format.weight.bits,
-                    module.format.input.bits if module.format.input else None,
-                )
-            )
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            quantized = isinstance(module, QuantizedLayer) and parameter_name == "weight"
-            if parameter.ndim < 2 and not quantized:
+            tensors["weight"] = (module.format.weight.shape, 0)
+        for parameter_name, (shape, element_size) in tensors.items():
+            if len(shape) < 2:
                 continue
-            own_name = name if parameter_name == "weight" else f"{name}.{parameter_name}".lstrip(".")
-            weight = module.weight_quantizer if isinstance(module, QuantizedLayer) and quantized else None
-            inputs = module.input_quantizer if isinstance(module, QuantizedLayer) and quantized else None
+            weight_bits, input_bits = _widths(module) if parameter_name == "weight" else (None, None)
+            size = prod(shape) * element_size
+            if weight_bits is not None:  # the stream of bits begins anew for each output channel
+                channels = shape[output_axis(module)]
+                size = channels * packed_width(prod(shape) // channels, weight_bits)
             rows.append(
                 LayerDescription(
-                    short_name(own_name),
-                    type(module).__name__.removeprefix("Quantized"),
-                    tuple(parameter.shape),
-                    weight.num_bits if weight else None,
-                    inputs.num_bits if inputs else None,
-                    None if weight else _why_float(module, parameter_name, is_float),
+                    short_name(name if parameter_name == "weight" else f"{name}.{parameter_name}".lstrip(".")),
+                    type(module).__name__.removeprefix("Packed").removeprefix("Quantized"),
+                    shape,
+                    weight_bits,
+                    input_bits,
+                    size,
+                    None if weight_bits else _why_float(module, parameter_name, is_float),
                 )
             )
     return rows
+
+
+def _widths(module: nn.Module) -> tuple[int | None, int | None]:
+    if isinstance(module, PackedLayer):
+        weight, input = (grid.bits if grid else None for grid in (module.format.weight, module.format.input))
+    elif isinstance(module, QuantizedLayer):
+        weight, input = (q.num_bits if q else None for q in (module.weight_quantizer, module.input_quantizer))
+    else:
+        weight = input = None
+    return weight, input
 
 
 def _why_float(module: nn.Module, parameter_name: str, model_is_float: bool) -> str:
@@ -305,8 +355,10 @@ def _why_float(module: nn.Module, parameter_name: str, model_is_float: bool) -> 
     return "no weight of a layer"
 
 
-def attach_config(model: PreTrainedModel, config: OscQATConfig) -> None:
+def attach_config(model: "PreTrainedModel", config: OscQATConfig) -> None:
     """Make a transformers model say that it is quantized by `config`, on a copy of its own config."""
+    from transformers.quantizers import AutoHfQuantizer
+
     model.config = copy.deepcopy(model.config)
     model.config.quantization_config = config
     # The registry gives the quantizer that `import hf_oscqat` entered there, so this module needs no import of it.
@@ -430,9 +482,9 @@ class _Report:
         logger.warning("%s", message)
 
 
-def _policy_of(model: nn.Module) -> Mapping[str, str]:
+def _config_of(model: nn.Module) -> OscQATConfig | None:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    return config.calibration_policy if isinstance(config, OscQATConfig) else CALIBRATION_POLICY
+    return config if isinstance(config, OscQATConfig) else None
 
 
 def _find_ranges(estimators: Iterable[tuple[str, RangeEstimator]], report: _Report) -> list[GridParameters]:
@@ -504,16 +556,21 @@ def _observing_inputs(model: nn.Module) -> Iterator[dict[str, _InputObserver]]:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, batches: Iterable[Batch]) -> None:
+def _run(model: nn.Module, batches: Iterable[Batch]) -> bool:
+    """Pass the batches through the model in evaluation mode; return whether they hold one value only."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    count = 0
+    count, low, high = 0, float("inf"), float("-inf")
     try:
         for batch in batches:
             forward_batch(model, batch)
             count += 1
+            for x in [batch] if isinstance(batch, Tensor) else batch.values():
+                if isinstance(x, Tensor) and x.is_floating_point() and x.numel():
+                    low, high = min(low, float(x.min())), max(high, float(x.max()))
     finally:
         for module, training in modes:
             module.training = training
     if count == 0:
         raise ValueError("got no batches to calibrate with, expected at least one")
+    return low == high

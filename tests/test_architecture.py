@@ -121,6 +121,17 @@ def test_module_begins_with_a_docstring(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
+def test_public_names_are_the_same_to_type_checkers_and_to_programs():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if is_type_checking(node))
+    shown = {alias.name: node.module for node in block.body for alias in node.names}
+    assert shown == hf_oscqat._MODULE_OF
+    assert sorted(shown) == sorted(hf_oscqat.__all__)
+    assert set(hf_oscqat.__all__) <= set(dir(hf_oscqat))
+    with pytest.raises(AttributeError, match="has no attribute 'prepare_qta'"):
+        hf_oscqat.prepare_qta  # noqa: B018
+
+
 def test_public_names_exist():
     assert sorted(hf_oscqat.__all__) == sorted(set(hf_oscqat.__all__))
     for name in hf_oscqat.__all__:

@@ -1,10 +1,15 @@
 """`oscqat`: what it says, what it refuses and with which status."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
+from transformers import CONFIG_MAPPING
 
-from hf_oscqat import OscQATConfig, calibrate, pack, prepare_qat
+from hf_oscqat import OscQATConfig, OscQATTimmConfig, calibrate, pack, prepare_qat
 from hf_oscqat.cli import main
 from hf_oscqat.hub.inspect import inspect_timm
 from hf_oscqat.studies import STUDIES
@@ -79,13 +84,32 @@ class TestInspect:
         prepare_qat(model, config)
         calibrate(model, [torch.randn(2, 3, 160, 160)])
         packed = {n: b for n, b in pack(model).named_buffers() if n.endswith("weight_packed")}
-        rows = {row.layer.name: row.bytes for row in inspect_timm("test_vit", config) if row.layer.weight_bits}
+        rows = {row.name: row.bytes for row in inspect_timm("test_vit", config) if row.weight_bits}
         assert rows == {name.removesuffix(".weight_packed"): b.numel() for name, b in packed.items()}
+
+    def test_weights_alone_may_be_quantized(self, capsys):
+        assert main(["inspect", "test_vit", "--activation-bits", "float"]) == 0
+        out = capsys.readouterr().out
+        assert "test_vit, W4A32" in out
+        rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+        assert rows["blocks.0.attn.qkv"].split()[5:7] == ["4", "float"]
+
+    def test_pretrained_tag_is_no_part_of_the_architecture(self, capsys):
+        assert main(["inspect", "test_vit.r160_in1k"]) == 0
+        assert "371,240 parameters" in capsys.readouterr().out
+
+    def test_narrow_window_folds_no_line(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "20")
+        assert main(["inspect", "test_vit"]) == 0
+        assert "pos_embed                VisionTransformer  1 x 101 x 64" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["mobilenet_v22"], "got model 'mobilenet_v22', expected a timm name"),
+            (["test_vit", "--modules-to-not-convert", "haed"], "got pattern 'haed' in modules_to_not_convert"),
+            (["mobilenetv2"], "got model 'mobilenetv2', expected a timm name; did you mean mobilenetv"),
+            (["test_vit.r16_in1k"], "got model 'test_vit.r16_in1k', expected a timm name; did you mean test_vit"),
+            (["zzz"], "got model 'zzz', expected a timm name, as timm.list_models() lists them"),
             (["test_vit", "--weight-bits", "9"], "got weight_bits=9, expected a whole number from 2 to 8"),
             (["sequencer2d_s"], "of class LSTM, which cannot be quantized"),
         ],
@@ -94,10 +118,51 @@ class TestInspect:
         assert main(["inspect", *words]) == 2
         assert message in capsys.readouterr().err
 
+    @pytest.mark.parametrize("words", [[], ["test_vit", "--weight-bits", "four"], ["test_vit", "more"]])
+    def test_words_that_are_none_of_its_options_are_refused(self, words, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            main(["inspect", *words])
+        assert stopped.value.code == 2
+        assert "error:" in capsys.readouterr().err
+
+    def test_it_waits_for_nothing_that_it_does_not_use(self):
+        report = json.loads(subprocess.run([sys.executable, "-c", AS_PROGRAM], capture_output=True, check=True).stderr)
+        assert report["status"] == 0
+        assert report["heavy"] == []
+        assert report["collects"]
+        assert not report["registered"]
+        assert report["registered_with_a_public_name"]
+
     def test_help_has_an_example(self, capsys):
         with pytest.raises(SystemExit):
             main(["inspect", "--help"])
         assert "example: oscqat inspect mobilenetv2_100" in capsys.readouterr().out
+
+
+AS_PROGRAM = """
+import gc, json, sys
+
+sys.argv = ["/usr/local/bin/oscqat", "inspect", "test_vit"]
+from hf_oscqat.cli import main
+
+status = main()
+heavy = ("transformers.modeling_utils", "transformers.trainer", "accelerate", "datasets", "sklearn", "matplotlib")
+report = {"status": status, "heavy": [name for name in heavy if name in sys.modules], "collects": gc.isenabled()}
+from transformers import CONFIG_MAPPING
+
+report["registered"] = "oscqat_timm" in CONFIG_MAPPING
+from hf_oscqat import OscQATConfig
+
+report["registered_with_a_public_name"] = "oscqat_timm" in CONFIG_MAPPING
+json.dump(report, sys.stderr)
+"""
+"""The console script, which does no more than this, and what it has imported."""
+
+
+def test_other_commands_register_the_published_model(monkeypatch, capsys):
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, OscQATTimmConfig.model_type)
+    assert main(["study"]) == 0
+    assert CONFIG_MAPPING[OscQATTimmConfig.model_type] is OscQATTimmConfig
 
 
 @pytest.mark.parametrize("argv", [["studies"], []])

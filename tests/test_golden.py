@@ -150,7 +150,7 @@ def test_oscillation_tracker(case, golden):
     for step in range(case["steps"]):
         with torch.no_grad():
             layer.latent_weight.copy_(x_int[step])
-        tracker.tick(freezing.threshold(step + 1, case["steps"]))
+        tracker.tick(freezing.freeze_threshold(step + 1, case["steps"]))
         frozen = layer.weight_quantizer.frozen_int != torch.iinfo(torch.int8).min
         torch.testing.assert_close(layer.oscillation.frequency, golden["frequency"][step], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(layer.oscillation.total.float(), golden["total"][step].float())
@@ -234,7 +234,7 @@ def published_evaluation(
     The numbers after `eval_logits` were computed with them: its tracker counts, and freezes, in every forward. Here it
     takes a call from outside to make that happen, which is the point; made by hand, everything agrees.
     """
-    threshold = freezing.threshold(case["steps"], case["steps"]) if freezing else 0.0
+    threshold = freezing.freeze_threshold(case["steps"], case["steps"]) if freezing else 0.0
     tracker.tick(threshold)
     for i in range(case["bn_reestimation_batches"]):
         yield x[i]
@@ -269,7 +269,7 @@ def test_trajectory(case, golden):
         weights.zero_grad()
         scales.zero_grad()
         loss.backward()
-        tracker.tick(freezing.threshold(step, steps) if freezing else 0.0)
+        tracker.tick(freezing.freeze_threshold(step, steps) if freezing else 0.0)
         weights.step()
         scales.step()
         seen["frozen"].append(round(tracker.frozen_fraction * tracker.num_weights))

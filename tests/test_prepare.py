@@ -225,6 +225,18 @@ class TestRefusals:
         prepare_qat(model, OscQATConfig(modules_to_not_convert=["attn"]))
         assert list(widths(model)) == ["stem", "head"]
 
+    def test_all_layers_that_cannot_be_quantized_are_named_at_once(self):
+        layers = {
+            "stem": nn.Linear(4, 4),
+            "a": nn.MultiheadAttention(4, 2),
+            "b": nn.LSTM(4, 4),
+            "head": nn.Linear(4, 4),
+        }
+        model = nn.Sequential(OrderedDict(layers))
+        with pytest.raises(ValueError, match=r"layer 'a' of .*Leave it and 1 more in float with .*=\['a', 'b'\]$"):
+            prepare_qat(model, OscQATConfig())
+        prepare_qat(model, OscQATConfig(modules_to_not_convert=["a", "b"]))
+
     def test_name_in_the_error_is_what_leaves_the_layer_float(self, make_wrapper):
         model = make_wrapper()
         model.timm_model.conv_head = CondConv2d(64, 256, 1)
@@ -267,6 +279,10 @@ class TestRefusals:
     def test_model_without_a_layer_to_quantize_is_refused(self, model):
         with pytest.raises(ValueError, match="without a layer to quantize"):
             prepare_qat(model, OscQATConfig())
+
+    def test_config_that_quantizes_nothing_is_refused(self, make_net):
+        with pytest.raises(ValueError, match="leaves every layer in float"):
+            prepare_qat(make_net(), OscQATConfig(weight_bits=None, activation_bits=None))
 
     @pytest.mark.parametrize(("fill", "reason"), [(0.0, "nothing but zeros"), (torch.nan, "NaN"), (torch.inf, "NaN")])
     def test_weight_without_a_range_is_named_and_the_model_unchanged(self, make_net, fill, reason):
@@ -605,6 +621,20 @@ class TestCalibrationPolicy:
         with pytest.raises(ValueError, match="at the inputs of dw"):
             calibrate(model, [images], {"constant": "error"})
 
+    @pytest.mark.parametrize("value", [0.0, 1.0])
+    def test_constant_images_are_said(self, make_prepared, images, caplog, value):
+        # Biases and batch-norm make values of many kinds of them, and no layer would notice.
+        model = make_prepared()
+        batches = [{"x": torch.full_like(images, value)}, torch.full_like(images, value)]
+        model.forward = lambda x: nn.Sequential.forward(model, x)
+        calibrate(model, batches)
+        assert "got the same value everywhere in all batches" in caplog.text
+        with pytest.raises(ValueError, match="the same value everywhere in all batches"):
+            calibrate(model, batches, {"constant": "error"})
+        caplog.clear()
+        calibrate(model, [*batches, images])
+        assert "in all batches" not in caplog.text
+
     def test_untouched_batchnorm_is_named(self, make_net, images, caplog):
         model = prepare_qat(make_net(), OscQATConfig())
         calibrate(model, [images])
@@ -643,6 +673,28 @@ class TestDescribe:
         assert rows["dw"].shape == (8, 1, 3, 3)
         assert [row.layer_class for row in rows.values()] == ["Conv2d", "Conv2d", "Conv2d", "Linear"]
 
+    def test_parameters_and_bytes_are_those_of_the_packed_file(self, make_prepared):
+        model = make_prepared(weight_bits=3, weight_granularity="per_channel", modules_to_not_convert=["pw"])
+        rows = {row.name: row for row in describe(model)}
+        assert {name: row.parameters for name, row in rows.items()} == {"stem": 216, "dw": 72, "pw": 48, "head": 30}
+        packed = pack(model)
+        for name in ("stem", "dw", "head"):
+            assert rows[name].bytes == packed.get_submodule(name).weight_packed.numel()
+        assert rows["pw"].bytes == 4 * 48
+        assert describe(packed) == describe(model)
+
+    def test_layer_of_which_only_the_input_is_quantized(self, make_prepared):
+        model = make_prepared(overrides={"dw": {"weight_bits": None}})
+        row = next(row for row in describe(model) if row.name == "dw")
+        assert (row.weight_bits, row.input_bits, row.bytes) == (None, 4, 4 * 72)
+        assert row.why_float == "left in float by the config"
+        assert describe(pack(model)) == describe(model)
+
+    def test_module_in_several_places_is_one_row(self):
+        layer = nn.Linear(4, 4)
+        model = prepare_qat(nn.Sequential(nn.Linear(4, 4), layer, nn.ReLU(), layer, nn.Linear(4, 4)), OscQATConfig())
+        assert [row.name for row in describe(model)] == ["0", "1", "4"]
+
     def test_float_model_is_all_float(self, make_net):
         assert {(row.weight_bits, row.input_bits) for row in describe(make_net())} == {(None, None)}
 
@@ -670,6 +722,17 @@ class TestWrapper:
         assert model.config.quantization_config == config
         assert model.is_quantized
         assert model.quantization_method == "oscqat"
+
+    def test_head_that_was_replaced_afterwards_is_named(
+        self, make_wrapper, make_prepared_wrapper, pixel_values, tmp_path
+    ):
+        for model in (prepare_qat(make_wrapper(), OscQATConfig()), make_prepared_wrapper()):
+            model.timm_model.reset_classifier(5)
+            with pytest.raises(ValueError, match="got float layers classifier, which the config quantizes"):
+                calibrate(model, [pixel_values])
+            with pytest.raises(ValueError, match="got float layers classifier, which the config quantizes"):
+                model.save_pretrained(tmp_path)
+            assert not (tmp_path / "model.safetensors").exists()
 
     def test_config_shared_with_another_model_stays_float(self, make_wrapper):
         model = make_wrapper()

@@ -40,11 +40,13 @@ from hf_oscqat.integration.data import (
     build_transforms,
     collate,
     load_image_data,
+    loading_speed,
     resolve_data_config,
 )
 from hf_oscqat.integration.evaluate import Evaluation, accuracy_metrics, evaluate_accuracy, keep_top5
 from hf_oscqat.integration.models import timm_wrapper
-from hf_oscqat.integration.trainer import PickleFreeTrainer
+from hf_oscqat.integration.pixels import normalize_pixels
+from hf_oscqat.integration.trainer import ImageTrainer, fixed_randomness
 from hf_oscqat.quantization.layers import quantized_layers
 from hf_oscqat.remedies import REMEDIES
 from hf_oscqat.report.pictures import draw_distances, draw_oscillation
@@ -58,7 +60,7 @@ RECIPE, RESULTS, BEFORE = "recipe.yaml", "results.json", "before_training.json"
 # What may differ between a run and its continuation: where it writes and what it shows, not what it computes.
 FREE_TO_CHANGE = {
     "output_dir", "logging_steps", "logging_strategy", "report_to", "disable_tqdm", "save_total_limit", "log_level",
-    "dataloader_num_workers", "run_name", "model_license", "evaluate_baselines",
+    "dataloader_num_workers", "run_name", "model_license", "evaluate_baselines", "cache_images",
 }  # fmt: skip
 
 
@@ -102,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             evaluations["float"] = _evaluate(model, data.validation, training)
         prepare_qat(model, settings.quantization)
         model.to(training.device)
-        calibrate(model, _calibration_batches(data, settings))
+        calibrate(model, _calibration_batches(model, data, settings))
         if run.evaluate_baselines:
             evaluations["rounded"] = _evaluate(model, data.validation, training)
     if checkpoint is None and training.should_save:
@@ -115,6 +117,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         eval_dataset=data.validation,
         data_collator=collate,
     )
+    data_speed = _data_speed(data, trainer)
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.evaluate()  # re-estimates batch-norm on the final weights
     trainer.save_model(str(output_dir / "qat"))
@@ -134,7 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if not difference <= 1e-5:
         raise RuntimeError(f"the packed model differs from the trained one by {difference:.1e} of the largest logit")
     evaluations["packed"] = _evaluate(loaded, data.validation, training)
-    results = _results(settings, data, trainer, evaluations, difference, outcome.metrics)
+    results = _results(settings, data, trainer, evaluations, difference, outcome.metrics, data_speed)
     if training.should_save:
         _publish(output_dir, packed_dir, settings, results, trainer)
         show(results)
@@ -234,7 +237,7 @@ def _train_float(model: PreTrainedModel, data: ImageData, settings: Settings, fi
         eval_strategy="no",
         **shared,
     )
-    trainer = PickleFreeTrainer(
+    trainer = ImageTrainer(
         model=model,
         args=args,
         train_dataset=data.train,
@@ -259,13 +262,14 @@ def _set_transforms(model: PreTrainedModel, data: ImageData, settings: Settings)
     data_config = resolve_data_config(timm_cfg, settings.data)
     # Saved with the model, so that its image processor prepares images the same way.
     model.config.pretrained_cfg = {k: v for k, v in (timm_cfg | data_config).items() if k != "num_classes"}
-    train_transform, eval_transform = build_transforms(data_config, settings.data)
+    # As bytes, which are a fourth of what floats are to copy; the device does the rest.
+    train_transform, eval_transform = build_transforms(data_config, settings.data, normalize=False)
     data.validation.transform = eval_transform
     if data.train is not None:
         data.train.transform = train_transform
 
 
-def _calibration_batches(data: ImageData, settings: Settings) -> Iterator[torch.Tensor]:
+def _calibration_batches(model: PreTrainedModel, data: ImageData, settings: Settings) -> Iterator[torch.Tensor]:
     """Random training images, the same on each process, so that all begin with the same ranges."""
     assert data.train is not None
     training = settings.training
@@ -280,7 +284,7 @@ def _calibration_batches(data: ImageData, settings: Settings) -> Iterator[torch.
     )
     set_seed(training.seed)
     for batch in islice(loader, max(1, settings.run.calibration_batches)):
-        yield batch["pixel_values"]
+        yield normalize_pixels(batch["pixel_values"], model.config)
 
 
 def _evaluate(model: PreTrainedModel, dataset: ImageDataset, training: OscQATTrainingArguments) -> Evaluation:
@@ -291,8 +295,23 @@ def _evaluate(model: PreTrainedModel, dataset: ImageDataset, training: OscQATTra
         collate=collate,
         num_workers=training.dataloader_num_workers,
         cpu=training.use_cpu,
+        autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.mixed_precision),
         show_progress=not training.disable_tqdm,
     )
+
+
+def _data_speed(data: ImageData, trainer: OscQATTrainer) -> float:
+    """Images per second that the loaders of all processes, running at once, deliver where no model is waited for."""
+    assert data.train is not None
+    args = trainer.args
+    with fixed_randomness(args.seed):
+        speed = loading_speed(
+            data.train,
+            batch_size=args.per_device_train_batch_size,
+            num_workers=args.dataloader_num_workers,
+            seed=args.seed + args.process_index,
+        )
+    return float(trainer.accelerator.reduce(torch.tensor(speed, device=args.device), "sum"))
 
 
 def _check_same_quantization(model: PreTrainedModel, settings: Settings) -> None:
@@ -337,6 +356,7 @@ def _evaluate_only(settings: Settings, data: ImageData) -> dict[str, Any]:
 def _largest_difference(trained: PreTrainedModel, packed: PreTrainedModel, dataset: ImageDataset) -> float:
     """Largest difference of logits on a few images, as a share of the largest logit; both in float32 on the CPU."""
     images = collate([dataset[i] for i in range(min(16, len(dataset)))])["pixel_values"]
+    images = normalize_pixels(images, trained.config)
     logits, reloaded = trained(pixel_values=images).logits, packed.cpu()(pixel_values=images).logits
     return float((logits - reloaded).abs().max() / logits.abs().max())
 
@@ -348,6 +368,7 @@ def _results(
     evaluations: dict[str, Evaluation],
     difference: float,
     metrics: dict[str, float],
+    data_speed: float,
 ) -> dict[str, Any]:
     """Collect what card and table show; `results.json` holds the same."""
     training, model = settings.training, trainer.model
@@ -398,6 +419,8 @@ def _results(
             "device": _device_name(training.device),
             "seconds": metrics.get("train_runtime", 0.0),
             "images_per_second": metrics.get("train_samples_per_second", 0.0),
+            "data_images_per_second": data_speed,
+            "data_workers": training.dataloader_num_workers,
             "versions": ", ".join(
                 f"{name} {version(name)}" for name in ("hf_oscqat", "torch", "timm", "transformers")
             ),
@@ -457,6 +480,13 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
         console.print(
             f"Oscillating weights: {o['start']:.2f}% at the start, {o['peak']:.2f}% at the peak, {o['end']:.2f}% at "
             f"the end; frozen at the end: {o['frozen']:.2f}%"
+        )
+    run = results["run"]
+    if "data_images_per_second" in run:
+        workers = f"{run['data_workers'] or 'no'} workers" + " a process" * (run["processes"] > 1)
+        console.print(
+            f"Training: {run['images_per_second']:.0f} images/s, evaluation included; its data alone, with {workers}: "
+            f"{run['data_images_per_second']:.0f} images/s"
         )
     console.print(f"The checkpoint, loaded with AutoModelForImageClassification: {results['model']['path']}")
 

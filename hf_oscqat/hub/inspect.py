@@ -1,7 +1,6 @@
 """What quantization would do to a timm model, layer by layer, without its weights."""
 
-from dataclasses import dataclass
-from math import prod
+import difflib
 
 import timm
 import torch
@@ -9,29 +8,13 @@ from torch import nn
 
 from hf_oscqat.config import OscQATConfig
 from hf_oscqat.prepare import LayerDescription, describe, insert_quantizers
-from hf_oscqat.quantization.packing import packed_width
 
 
-@dataclass(frozen=True)
-class InspectedLayer:
-    """One row of `inspect_timm`.
-
-    Attributes:
-        layer: name, class, shape and widths.
-        parameters: numbers in its weight.
-        bytes: of the weight as it would be stored; scales not included.
-    """
-
-    layer: LayerDescription
-    parameters: int
-    bytes: int
-
-
-def inspect_timm(name: str, config: OscQATConfig) -> list[InspectedLayer]:
+def inspect_timm(name: str, config: OscQATConfig) -> list[LayerDescription]:
     """Prepare a timm model on the meta device and list what is quantized and what stays float.
 
     Args:
-        name: a timm name.
+        name: a timm name, with or without the tag of pretrained weights.
         config: how to quantize.
 
     Returns:
@@ -40,22 +23,15 @@ def inspect_timm(name: str, config: OscQATConfig) -> list[InspectedLayer]:
     Raises:
         ValueError: if timm has no such model, or it cannot be prepared.
     """
-    if not timm.is_model(name):
-        raise ValueError(f"got model {name!r}, expected a timm name; timm.list_models() lists them")
+    if not timm.is_model(name) or ("." in name and name not in timm.list_pretrained()):
+        close = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=3)
+        meant = f"; did you mean {' or '.join(close)}?" if close else ", as timm.list_models() lists them"
+        raise ValueError(f"got model {name!r}, expected a timm name{meant}")
     with torch.device("meta"):
         model: nn.Module = timm.create_model(name)
     total = sum(p.numel() for p in model.parameters())
     insert_quantizers(model, config)
-    rows = []
-    for layer in describe(model):
-        count = prod(layer.shape)
-        if layer.weight_bits is None:
-            size = 4 * count
-        else:
-            # The stream begins anew for each output channel; those of a transposed convolution are on axis 1.
-            channels = layer.shape[1] if "Transpose" in layer.layer_class else layer.shape[0]
-            size = channels * packed_width(count // channels, layer.weight_bits)
-        rows.append(InspectedLayer(layer, count, size))
+    rows = describe(model)
     rest = total - sum(row.parameters for row in rows)
-    description = LayerDescription("(biases, normalisation)", "", (rest,), None, None, "no weight of a layer")
-    return [*rows, InspectedLayer(description, rest, 4 * rest)]
+    name_of_rest = "(biases, normalisation)"
+    return [*rows, LayerDescription(name_of_rest, "", (rest,), None, None, 4 * rest, "no weight of a layer")]

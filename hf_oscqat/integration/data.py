@@ -8,6 +8,7 @@ starts, in the words of the command line.
 import io
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -97,6 +98,13 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on a random subset of this size."})
     skip_bad_images: bool = field(
         default=False, metadata={"help": "Decode every image once at the start and leave out those that fail."}
+    )
+    cache_images: bool = field(
+        default=False,
+        metadata={
+            "help": "Decode every image once at the start and keep all in memory, 3 bytes a pixel. For small images, "
+            "of which decoding is a large part of the work."
+        },
     )
     img_size: int | None = field(default=None, metadata={"help": "Input size in pixels. Default: the model's."})
     crop_pct: float | None = field(
@@ -266,8 +274,22 @@ def _read_labels(
     return labels, class_names
 
 
+class _DecodedSource:
+    """Some images of another source, decoded and kept; worker processes that are forked share them."""
+
+    def __init__(self, source: ImageSource, images: dict[int, Image.Image]) -> None:
+        self.source, self.images = source, images
+        self.labels, self.class_names = source.labels, source.class_names
+
+    def open(self, index: int) -> Image.Image:
+        return self.images[index]
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(index)
+
+
 class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Some of the images of a source, as {"pixel_values": float32 [3, height, width], "labels": int}.
+    """Some of the images of a source, as {"pixel_values": [3, height, width], "labels": int}.
 
     Attributes:
         source: where the images are.
@@ -322,6 +344,16 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def subset(self, positions: np.ndarray) -> "ImageDataset":
         """Return the images at these positions as a dataset, without a transform."""
         return ImageDataset(self.source, self.indices[positions])
+
+    def decoded(self) -> "ImageDataset":
+        """Return the same images as a dataset that has decoded them and keeps them in memory, without a transform.
+
+        Raises:
+            BadImageError: if an image cannot be decoded.
+        """
+        images = _decode_all(self, self.open, "Decoding images")
+        decoded = dict(zip(self.indices.tolist(), images, strict=True))
+        return ImageDataset(_DecodedSource(self.source, decoded), self.indices)
 
 
 @dataclass
@@ -393,6 +425,8 @@ def load_image_data(args: DataArguments, seed: int, need_train: bool = True) -> 
     if train is not None:
         train, skipped_in_train = _select(train, args.max_train_samples, seed, args.skip_bad_images)
         skipped += skipped_in_train
+    if args.cache_images:
+        train, validation = None if train is None else train.decoded(), validation.decoded()
     place = args.dataset_name or args.train_dir or args.validation_dir or ""
     on_hub = args.dataset_name not in (None, "digits") and not Path(place).exists()
     path = Path(place).resolve()
@@ -498,10 +532,7 @@ def _select(
             return False
         return True
 
-    # Threads suffice: Pillow releases the interpreter lock while it decodes.
-    with ThreadPool(os.cpu_count()) as pool:
-        answers = pool.imap(is_readable, range(len(dataset)), chunksize=16)
-        readable = np.fromiter(tqdm(answers, total=len(dataset), desc="Checking images"), dtype=bool)
+    readable = np.array(_decode_all(dataset, is_readable, "Checking images"), dtype=bool)
     bad = np.flatnonzero(~readable)
     if len(bad) == len(dataset):
         raise DataError(f"None of {len(bad)} images can be decoded, one is {dataset.source.describe(0)}. Check them.")
@@ -509,6 +540,13 @@ def _select(
         names = [dataset.source.describe(int(index)) for index in dataset.indices[bad[:10]]]
         logger.warning("Left out %d images that cannot be decoded, the first are: %s", len(bad), "; ".join(names))
     return dataset.subset(np.flatnonzero(readable)), len(bad)
+
+
+def _decode_all(dataset: ImageDataset, function: Callable[[int], Any], title: str) -> list[Any]:
+    """Call a function that decodes with each position; threads suffice: Pillow gives up the interpreter's lock."""
+    with ThreadPool(os.cpu_count()) as pool:
+        answers = pool.imap(function, range(len(dataset)), chunksize=16)
+        return list(tqdm(answers, total=len(dataset), desc=title))
 
 
 def _join(names: Iterable[str]) -> str:
@@ -535,17 +573,20 @@ def resolve_data_config(pretrained_cfg: dict[str, Any], args: DataArguments) -> 
     return timm.data.resolve_data_config(overrides, pretrained_cfg=pretrained_cfg)
 
 
-def build_transforms(data_config: dict[str, Any], args: DataArguments) -> tuple[Transform, Transform]:
+def build_transforms(
+    data_config: dict[str, Any], args: DataArguments, *, normalize: bool = True
+) -> tuple[Transform, Transform]:
     """Return the training and the evaluation transform, from an RGB image to float32 [3, height, width].
 
     Args:
         data_config: from `resolve_data_config`.
         args: the augmentation of training images; what is not given is as in timm.
+        normalize: False stops before the last step, at uint8, and leaves that to `normalize_pixels` on the device.
 
     Raises:
         DataError: if timm does not know the `auto_augment` policy.
     """
-    evaluation = timm.data.create_transform(**data_config)
+    evaluation = timm.data.create_transform(**data_config, normalize=normalize)
     if args.no_aug:
         return evaluation, evaluation
     augmentation = {
@@ -557,15 +598,49 @@ def build_transforms(data_config: dict[str, Any], args: DataArguments) -> tuple[
     }
     given = {name: value for name, value in augmentation.items() if value is not None}
     try:
-        training = timm.data.create_transform(**{**data_config, **given}, is_training=True)
+        training = timm.data.create_transform(**{**data_config, **given}, is_training=True, normalize=normalize)
     except AssertionError as error:  # timm's way to reject a policy
         raise DataError(f"Got --auto_augment {args.auto_augment}; expected a policy of timm. {error}") from error
     return training, evaluation
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack examples to "pixel_values", float32 [images, 3, height, width], and "labels", int64 [images]."""
+    """Stack examples to "pixel_values", [images, 3, height, width], and "labels", int64 [images]."""
     return {
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
         "labels": torch.tensor([example["labels"] for example in examples], dtype=torch.int64),
     }
+
+
+def loading_speed(
+    dataset: ImageDataset, *, batch_size: int, num_workers: int, seed: int = 0, min_images: int = 256
+) -> float:
+    """Measure how many images a second are read, prepared and collated where no model is waited for.
+
+    Each worker delivers a batch before the clock starts, so that neither its start nor what it has prepared in advance
+    counts. Then the same number of batches from each is timed.
+
+    Args:
+        dataset: with a transform.
+        batch_size: as in training; at most 64, because more images take longer and say the same.
+        num_workers: as in training.
+        seed: draws the images.
+        min_images: how many to time at least.
+    """
+    batch_size = min(batch_size, 64)
+    in_a_round = max(1, num_workers) * batch_size
+    count = in_a_round * (1 + -(-min_images // in_a_round))
+    indices = np.resize(np.random.default_rng(seed).permutation(len(dataset)), count)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(dataset, indices.tolist()),
+        batch_size=batch_size,
+        collate_fn=collate,
+        num_workers=num_workers,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    batches = iter(loader)
+    for _ in range(max(1, num_workers)):
+        next(batches)
+    start = time.perf_counter()
+    timed = sum(len(batch["labels"]) for batch in batches)
+    return timed / (time.perf_counter() - start)

@@ -13,6 +13,8 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction
 
 from accelerate import PartialState
+from hf_oscqat.integration.pixels import normalize_pixels
+from hf_oscqat.remedies.batchnorm import evaluation_mode
 
 
 def keep_top5(logits: Any, labels: Tensor) -> Tensor:
@@ -67,17 +69,21 @@ def evaluate_accuracy(
     collate: Callable[[list[Any]], dict[str, Tensor]],
     num_workers: int = 0,
     cpu: bool = False,
+    autocast: torch.dtype | None = None,
     show_progress: bool = True,
 ) -> Evaluation:
     """Measure the accuracy of a classifier in any form, float, training or packed; on all processes together.
 
+    Each module is left in the mode it was in.
+
     Args:
         model: takes `pixel_values` and returns an object with `logits` `[N, classes]`.
-        dataset: with a length; its examples become `pixel_values` and `labels` by `collate`.
+        dataset: with a length; its examples become `pixel_values`, as floats or uint8, and `labels` by `collate`.
         batch_size: images per process.
         collate: makes a batch of a list of examples.
         num_workers: processes that load images.
         cpu: stay on the CPU.
+        autocast: compute in this precision where mixed-precision training does; None computes in the model's own.
         show_progress: show a progress bar on the main process.
 
     Returns:
@@ -92,21 +98,28 @@ def evaluate_accuracy(
     state = PartialState(cpu=cpu)
     count = len(cast(Sized, dataset))
     own = Subset(dataset, range(state.process_index, count, state.num_processes))
-    loader = DataLoader(own, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)
-    was_training = model.training
-    model.eval().to(state.device)
+    loader = DataLoader(
+        own,
+        batch_size=batch_size,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=state.device.type == "cuda",
+    )
+    model.to(state.device)
     hits = torch.zeros(2, dtype=torch.float64, device=state.device)
     start = time.perf_counter()
-    with torch.inference_mode():
+    with evaluation_mode(model):
         shown = show_progress and state.is_main_process
         for batch in tqdm(loader, desc="Evaluating", leave=False, disable=not shown):
-            labels = batch["labels"].to(state.device)
-            logits = model(pixel_values=batch["pixel_values"].to(state.device)).logits
-            hit = keep_top5(logits, labels) == labels[:, None]
-            hits += torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
+            # Not around the loop: what a dataset makes and keeps in there may be trained on later.
+            with torch.inference_mode(), torch.autocast(state.device.type, autocast, enabled=autocast is not None):
+                labels = batch["labels"].to(state.device, non_blocking=True)
+                images = batch["pixel_values"].to(state.device, non_blocking=True)
+                logits = model(pixel_values=normalize_pixels(images, getattr(model, "config", None))).logits
+                hit = keep_top5(logits, labels) == labels[:, None]
+                hits += torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
     if state.num_processes > 1:
         torch.distributed.all_reduce(hits)
-    model.train(was_training)
     return Evaluation(
         accuracy=hits[0].item() / count,
         top5_accuracy=hits[1].item() / count,

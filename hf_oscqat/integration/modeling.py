@@ -8,16 +8,19 @@ what that runs is `modeling_oscqat.py`, made from this module and the few it nee
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_oscqat.checkpoint import FORMAT_VERSION, CheckpointError, check_checkpoint, header_metadata
-from hf_oscqat.quantization.packed import FormatError, LayerFormat, make_packed
+from hf_oscqat.integration.shared_modules import Place, hide_repeats, restore_repeats, state_dict_without_repeats
+from hf_oscqat.quantization.activations import fold_activations
+from hf_oscqat.quantization.packed import FormatError, LayerFormat, keep_packed, make_packed
 from hf_oscqat.quantization.timm_layers import forbid_merging, separate_qkv_bias
 
 REMOTE_CODE = "modeling_oscqat"
@@ -30,6 +33,29 @@ class OscQATTimmConfig(TimmWrapperConfig):
     """Configuration of a packed timm model; the fields are those of `TimmWrapperConfig`."""
 
     model_type = "oscqat_timm"
+
+    def __repr__(self) -> str:
+        """Name the architecture; transformers asks for this on every load, and the grids of all layers take long."""
+        return f"{type(self).__name__}(architecture={self.architecture!r})"
+
+
+class _NothingToFill(TorchFunctionMode):
+    """Leaves out what fills tensors of the meta device, which hold nothing.
+
+    `from_pretrained` makes the model there, and random weights for it would take a fourth of the time of loading.
+    """
+
+    FILLS = frozenset(f for name, f in vars(nn.init).items() if name.endswith("_") and callable(f))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self.FILLS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 class _PublishedModel:
@@ -45,7 +71,23 @@ class _PublishedModel:
             raise CheckpointError(
                 "got a config.json of a packed model without quantization_config, expected what hf_oscqat.pack writes"
             )
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        with _NothingToFill():
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+
+    def keep_packed(self, enabled: bool = True) -> Self:
+        """Choose memory over speed: hold the integers only, and unpack a weight each time it is used.
+
+        Otherwise, and by default, unpacked weights are kept from the first forward on, beside the integers; they take
+        as much memory as those of the float model. This holds for the object at hand and is not saved.
+
+        Args:
+            enabled: False goes back to the default.
+
+        Returns:
+            The model, so that it can follow `from_pretrained` at once.
+        """
+        keep_packed(cast(PreTrainedModel, self), enabled)
+        return self
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save weights and config, and beside them the code that loading needs.
@@ -98,6 +140,8 @@ class PackedConfig(QuantizationConfigMixin):
 class PackedQuantizer(HfQuantizer):
     """What `from_pretrained` does for a packed checkpoint: make the layers and check the file."""
 
+    hidden_repeats: Sequence[Place] = ()
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
@@ -126,21 +170,29 @@ class PackedQuantizer(HfQuantizer):
                     raise CheckpointError(f"layer {name!r}: {error}") from error
                 # Its weight is computed; transformers must not initialise it.
                 modules[name]._is_hf_initialized = True
+        fold_activations(model)
         forbid_merging(model)
+        self.hidden_repeats = hide_repeats(model)
         if checkpoint_files:
             check_checkpoint(checkpoint_files, layers, model, headless)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_all_loaded(model)
+        self.restore_repeats()
         for parameter in model.parameters():
             # Mapped from the file, it may begin anywhere; torch would then sum in another order than in training.
             if parameter.data_ptr() % ALIGNMENT:
                 parameter.data = parameter.data.clone()
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Return no state dict of its own, and what goes into the header of the file."""
-        return None, header_metadata(model)
+    def restore_repeats(self) -> None:
+        """Put shared modules back into all their places."""
+        restore_repeats(self.hidden_repeats)
+        self.hidden_repeats = ()
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what goes into the file, and into its header."""
+        return state_dict_without_repeats(model), header_metadata(model)
 
     def is_serializable(self) -> bool:
         """Whether `save_pretrained` works."""

@@ -4,7 +4,8 @@ It needs torch, timm, transformers and safetensors, and nothing else. With `impo
 """
 
 # ruff: noqa
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from math import prod
@@ -12,15 +13,20 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
-from typing import Any, ClassVar, cast
+from types import FunctionType
+from typing import Any, ClassVar, NamedTuple, Self, cast
 import base64
+import functools
 import hashlib
 import json
+import logging
 import math
+import operator
 import os
 import torch
 import torch.nn.functional as F
@@ -281,7 +287,214 @@ def _check_number(name: str, value: Any, minimum: float = -math.inf) -> None:
         raise ValueError(f"got {name}={value!r}, expected a finite number{bound}")
 
 
+# --- hf_oscqat.quantization.kernels
+logger = logging.getLogger(__name__)
+
+SMALL = 2**14
+"""Values below which, on a CPU, a call of a compiled kernel costs more than a dozen operations do."""
+CHUNK = 2**15
+"""Values of a chunk for each thread: no operation of torch gives one fewer, and its temporaries fit into the cache."""
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Function = Callable[..., tuple[Tensor, ...]]
+"""`function(tensors, parameters, bounds, axis, *static)`: tensors of one shape (or None), parameters with one value or
+one per channel along `axis` (or None), numbers. Returns first what is shaped like the tensors, then sums over
+whatever one value of a parameter was used for. It may also write into the tensors."""
+
+
+def one_pass(
+    function: Function,
+    tensors: Sequence[Tensor | None],
+    parameters: Sequence[Tensor | None],
+    bounds: tuple[float, ...],
+    *,
+    axis: int = 0,
+    static: tuple[Any, ...] = (),
+    shaped: int = 1,
+    in_place: bool = False,
+    small: float = 1.0,
+) -> tuple[Tensor, ...]:
+    """Run a `Function`. There is no gradient: call it without gradients, as in the methods of an autograd function.
+
+    Args:
+        function: defined at the top level of a module.
+        tensors: of one shape and device; the first decides how it is run.
+        parameters: `(1,)`, or `(channels,)` along `axis`.
+        bounds: numbers that the function takes; other numbers need no other kernel.
+        axis: channel dimension.
+        static: further arguments, hashable; other ones need another kernel.
+        shaped: how many outputs are shaped like the tensors; the others are sums.
+        in_place: whether the function writes into the tensors.
+        small: values below which it is run as it is on a CPU, in units of `SMALL`; measured.
+
+    Returns:
+        What the function returns.
+    """
+    first = tensors[0]
+    assert first is not None
+    is_small = first.numel() < small * SMALL and first.device.type == "cpu"
+    layout = None if is_small or is_traced(first) else _layout(first)
+    # What is written to must not be a copy in another layout.
+    copies = (
+        in_place
+        and layout is not None
+        and not all(t is None or t.is_contiguous(memory_format=layout) for t in tensors)
+    )
+    if layout is None or copies:
+        return function(tensors, parameters, bounds, axis, *static)
+    per_channel = any(p is not None and p.numel() > 1 for p in parameters)
+    views = [None if t is None else _view(t, layout, axis if per_channel else None) for t in tensors]
+    outputs = None
+    if _enabled and first.device.type not in _without_compiler:
+        outputs = _compiled(function, static, views, parameters, bounds, per_channel)
+    if outputs is None and first.device.type == "cpu" and not per_channel:
+        outputs = _in_chunks(function, static, views, parameters, bounds, shaped)
+    if outputs is None:
+        return function(tensors, parameters, bounds, axis, *static)
+    return (*(_unview(output, first.shape, layout) for output in outputs[:shaped]), *outputs[shaped:])
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether `x` is a stand-in that somebody traces with, and not values in memory."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, nn.Parameter)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+    )
+
+
+# --- One shape for all: values in a row, or in rows per channel ---
+
+
+def _layout(x: Tensor) -> torch.memory_format | None:
+    if x.dtype not in FUSED_DTYPES or x.device.type not in ("cpu", "cuda"):
+        return None
+    if x.is_contiguous():
+        return torch.contiguous_format
+    return torch.channels_last if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else None
+
+
+def _view(x: Tensor, layout: torch.memory_format, axis: int | None) -> Tensor:
+    """See a dense tensor as `[values]` in the order of memory; with an axis, as `[outer, channels, inner]`."""
+    x = x.detach().contiguous(memory_format=layout)
+    if layout is torch.channels_last:
+        x = x.permute(0, 2, 3, 1)
+        axis = None if axis is None else (0, 3, 1, 2)[axis]
+    return x.view(-1) if axis is None else x.view(x.shape[:axis].numel(), x.shape[axis], -1)
+
+
+def _unview(x: Tensor, shape: torch.Size, layout: torch.memory_format) -> Tensor:
+    if layout is torch.contiguous_format:
+        return x.view(shape)
+    n, c, h, w = shape
+    return x.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+# --- Compiled ---
+
+_kernels: dict[Any, Any] = {}
+_without_compiler: set[str] = set()
+_enabled = os.environ.get("OSCQAT_FUSED_KERNELS", "1") != "0"
+
+
+@contextmanager
+def fused_kernels(enabled: bool) -> Iterator[None]:
+    """Let torch's compiler in, or keep it out, for a while; the environment variable decides otherwise."""
+    global _enabled
+    before, _enabled = _enabled, enabled
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def _compiled(
+    function: Function,
+    static: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+    parameters: Sequence[Tensor | None],
+    bounds: tuple[float, ...],
+    per_channel: bool,
+) -> tuple[Tensor, ...] | None:
+    """Run the compiled function; None if it cannot be compiled, which is said once."""
+    first = tensors[0]
+    assert first is not None
+    arguments = (*tensors, *[None if p is None else p.detach() for p in parameters], _on_device(bounds, first.device))
+    kinds = tuple([None if a is None else a.dtype for a in arguments])
+    key = (function, static, kinds, per_channel, first.device.type, torch.is_inference_mode_enabled())
+    from torch._dynamo import exc  # most of a second at first, which those who never train need not spend
+
+    if key not in _kernels:
+        _kernels[key] = _compile(function, static, len(tensors), int(per_channel))
+    try:
+        return _kernels[key](*arguments)
+    except exc.FailOnRecompileLimitHit:
+        return None  # too many kinds of shapes for one kernel; the others go on
+    except exc.TorchDynamoException as error:
+        _without_compiler.add(first.device.type)
+        logger.warning(
+            "quantization goes on without compiled kernels, which makes training slower: install %s, or set "
+            "OSCQAT_FUSED_KERNELS=0 to be told no more. torch.compile said: %s",
+            "a C++ compiler" if first.device.type == "cpu" else "Triton",
+            str(error).strip().partition("\n")[0],
+        )
+        return None
+
+
+def _compile(function: Function, static: tuple[Any, ...], num_tensors: int, axis: int) -> Any:
+    def kernel(*arguments: Any) -> tuple[Tensor, ...]:
+        return function(arguments[:num_tensors], arguments[num_tensors:-1], arguments[-1], axis, *static)
+
+    # Dynamo gives up on a code object that it had to compile too often, so each kernel gets one of its own.
+    code = kernel.__code__.replace(co_name=f"{function.__name__}_{len(_kernels)}")
+    own = FunctionType(code, kernel.__globals__, code.co_name, None, kernel.__closure__)
+    return torch.compile(own, dynamic=True, fullgraph=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(bounds: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers as a tensor, because a kernel is compiled anew for other numbers, and not for other contents."""
+    with torch.inference_mode(False):
+        # Filled there, because a copy from the host would wait for the device, and an annealed threshold is a new one
+        # at each step.
+        return torch.stack([torch.full((), bound, dtype=torch.float32, device=device) for bound in bounds])
+
+
+# --- In chunks ---
+
+
+def _in_chunks(
+    function: Function,
+    static: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+    parameters: Sequence[Tensor | None],
+    bounds: tuple[float, ...],
+    shaped: int,
+) -> tuple[Tensor, ...]:
+    first = tensors[0]
+    assert first is not None
+    outputs: list[Tensor] = []
+    sums: list[Tensor] = []
+    chunk = CHUNK * torch.get_num_threads()
+    for start in range(0, first.numel(), chunk):
+        end = start + chunk
+        parts = [None if t is None else t[start:end] for t in tensors]
+        results = function(parts, parameters, bounds, 0, *static)
+        if start == 0:
+            outputs = [torch.empty(first.shape, dtype=r.dtype, device=r.device) for r in results[:shaped]]
+            sums = list(results[shaped:])
+        else:
+            sums = [total + part for total, part in zip(sums, results[shaped:], strict=True)]
+        for output, result in zip(outputs, results[:shaped], strict=True):
+            output[start:end] = result
+    return (*outputs, *sums)
+
+
 # --- hf_oscqat.quantization.functional
+Activation = tuple[float, float]
+"""Smallest and largest value that an activation lets through: `(0.0, 6.0)` for ReLU6, `(0.0, inf)` for ReLU."""
+
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -382,10 +595,18 @@ def _round_to_grid(
     x_int = rounding(x.to(dtype) / broadcast_to_axis(scale.to(dtype), x.ndim, axis))
     if zero_point is not None:
         x_int += _grid_zero(broadcast_to_axis(zero_point.to(dtype), x.ndim, axis), qmin, qmax)
-    x_int.clamp_(qmin, qmax)
-    if frozen_int is not None:
-        x_int = torch.where(is_frozen(frozen_int), frozen_int.to(dtype), x_int)
-    return x_int
+    x_int = x_int.clamp(qmin, qmax)  # not in place, for which torch.func.vmap has no rule
+    return x_int if frozen_int is None else _replace_frozen(x_int, frozen_int)[0]
+
+
+def _replace_frozen(x_int: Tensor, frozen_int: Tensor) -> tuple[Tensor, Tensor]:
+    """Put frozen integers in their places; also return 1 where a weight is live and 0 where it is frozen.
+
+    Masks in here and in `quantize_backward` are numbers, because on a CPU torch is several times slower with booleans.
+    """
+    live = frozen_int.clone().eq_(live_sentinel(frozen_int.dtype)).to(x_int.dtype)
+    frozen = frozen_int.to(x_int.dtype)
+    return torch.addcmul(frozen, x_int - frozen, live), live
 
 
 def fake_quantize(
@@ -399,6 +620,7 @@ def fake_quantize(
     frozen_int: Tensor | None = None,
     gradient_scale: float = 1.0,
     gradient_estimator: str | GradientEstimator = STRAIGHT_THROUGH,
+    activation: Activation | None = None,
 ) -> Tensor:
     """Round `x` to a grid and back to real values; differentiable in `x`, `scale` and `zero_point`.
 
@@ -425,6 +647,8 @@ def fake_quantize(
         frozen_int: integers of frozen weights, with `live_sentinel` elsewhere; None if nothing is frozen.
         gradient_scale: factor on the gradients of `scale` and `zero_point`; `lsq_gradient_scale` gives LSQ's.
         gradient_estimator: one of `GRADIENT_ESTIMATORS`, by name or as an object with settings of its own.
+        activation: first clamp `x` to these bounds, as the activation before the layer would, in the same pass; `x`
+            then gets a gradient strictly between them only.
 
     Returns:
         Tensor shaped and typed like `x`.
@@ -438,7 +662,7 @@ def fake_quantize(
         gradient_estimator = make_gradient_estimator(gradient_estimator)
     noise = gradient_estimator.noise(x, _compute_dtype(x, scale))
     return _FakeQuantize.apply(
-        x, scale, zero_point, frozen_int, noise, qmin, qmax, axis, gradient_scale, gradient_estimator
+        x, scale, zero_point, frozen_int, noise, qmin, qmax, axis, gradient_scale, gradient_estimator, activation
     )
 
 
@@ -447,8 +671,93 @@ def lsq_gradient_scale(x: Tensor, scale: Tensor, qmax: int) -> float:
     return (max(1, x.numel() // scale.numel()) * qmax) ** -0.5
 
 
+def quantize(
+    tensors: Any, parameters: Any, bounds: Any, axis: int, estimator: GradientEstimator, activation: Activation | None
+) -> tuple[Tensor, ...]:
+    """The forward pass of `fake_quantize`, as a function for `one_pass`.
+
+    Args:
+        tensors: `x`, frozen integers or None, noise or None.
+        parameters: scale, zero-point or None.
+        bounds: qmin and qmax.
+        axis: channel dimension.
+        estimator: how noise, if there is any, rounds.
+        activation: clamp `x` to its bounds first.
+
+    Returns:
+        The values on the grid, typed like `x`.
+    """
+    x, frozen_int, noise = tensors
+    scale, zero_point = parameters
+    qmin, qmax = bounds
+    clamped = x if activation is None else x.clamp(*activation)
+    rounding = torch.round_ if noise is None else partial(estimator.round, noise=noise)
+    x_int = _round_to_grid(clamped, scale, zero_point, qmin, qmax, axis, frozen_int, rounding)
+    if zero_point is not None:
+        x_int -= _grid_zero(broadcast_to_axis(zero_point.to(x_int.dtype), x.ndim, axis), qmin, qmax)
+    x_int *= broadcast_to_axis(scale.to(x_int.dtype), x.ndim, axis)
+    return (x_int.to(x.dtype),)
+
+
+def quantize_backward(
+    tensors: Any, parameters: Any, bounds: Any, axis: int, estimator: GradientEstimator, activation: Activation | None
+) -> tuple[Tensor, ...]:
+    """The backward pass of `fake_quantize`, as a function for `one_pass`; see the table there.
+
+    Args:
+        tensors: `x`, upstream gradient, frozen integers or None, noise or None.
+        parameters: see `quantize`.
+        bounds: see `quantize`.
+        axis: see `quantize`.
+        estimator: its slope stands in for that of rounding.
+        activation: see `quantize`.
+
+    Returns:
+        Gradients of `x`, scale and, where there is one, zero-point.
+    """
+    x, grad_output, frozen_int, noise = tensors
+    scale, zero_point = parameters
+    qmin, qmax = bounds
+    dtype = _compute_dtype(x, scale)
+    s = broadcast_to_axis(scale.to(dtype), x.ndim, axis)
+    z = None if zero_point is None else broadcast_to_axis(zero_point.to(dtype), x.ndim, axis)
+    grad = grad_output.to(dtype)
+
+    u = (x if activation is None else x.clamp(*activation)).to(dtype) / s
+    rounded = estimator.round(u, noise)
+    slope = estimator.slope(u - rounded, grad, qmax - qmin)
+    residual = rounded - (u if slope is None else u.mul_(slope))
+    zero = None if z is None else _grid_zero(z, qmin, qmax)
+    position = rounded if zero is None else rounded.add_(zero)
+    w_int = position.clamp(qmin, qmax)
+    passes = position.eq_(w_int)
+    if frozen_int is not None:
+        w_int, live = _replace_frozen(w_int, frozen_int)
+        passes *= live
+    if zero is not None:
+        w_int -= zero
+
+    passed = grad * passes
+    grad_scale = _sum_like(torch.addcmul(residual.mul_(passed), grad - passed, w_int), s, scale)
+    grad_zero_point: tuple[Tensor, ...] = ()
+    if z is not None:
+        on_grid = (z.round() >= qmin) & (z.round() <= qmax)
+        grad_zero_point = (_sum_like((passed - grad) * s, s, zero_point) * on_grid.reshape(zero_point.shape),)
+    grad_x = passed if slope is None else passed.mul_(slope)
+    if activation is not None:
+        grad_x = torch.ops.aten.hardtanh_backward(grad_x, x.to(dtype), *activation)
+    return (grad_x.to(x.dtype), grad_scale, *grad_zero_point)
+
+
+def _sum_like(per_value: Tensor, broadcast: Tensor, parameter: Tensor) -> Tensor:
+    """Sum over everything that one value of `parameter` was used for."""
+    return per_value.sum_to_size(broadcast.shape).reshape(parameter.shape).to(parameter.dtype)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Keeps `x`, and noise if any, for backward; the rest is recomputed, which is cheaper than reading it back."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -462,54 +771,31 @@ class _FakeQuantize(torch.autograd.Function):
         axis: int,
         gradient_scale: float,
         estimator: GradientEstimator,
+        activation: Activation | None,
     ) -> Tensor:
-        rounding = torch.round_ if noise is None else partial(estimator.round, noise=noise)
-        x_int = _round_to_grid(x, scale, zero_point, qmin, qmax, axis, frozen_int, rounding)
-        if zero_point is not None:
-            x_int = x_int - _grid_zero(broadcast_to_axis(zero_point.to(x_int.dtype), x.ndim, axis), qmin, qmax)
-        return (x_int * broadcast_to_axis(scale.to(x_int.dtype), x.ndim, axis)).to(x.dtype)
+        static = (estimator, activation)
+        tensors, parameters = (x, frozen_int, noise), (scale, zero_point)
+        return one_pass(quantize, tensors, parameters, (qmin, qmax), axis=axis, static=static, small=8)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale, ctx.estimator = inputs
+        *tensors, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale, ctx.estimator, ctx.activation = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point, frozen_int, noise = ctx.saved_tensors
-        dtype = _compute_dtype(x, scale)
-        s = broadcast_to_axis(scale.to(dtype), x.ndim, ctx.axis)
-        z = None if zero_point is None else broadcast_to_axis(zero_point.to(dtype), x.ndim, ctx.axis)
-        z_int = _grid_zero(z, ctx.qmin, ctx.qmax)
-        grad = grad_output.to(dtype)
-
-        u = x.to(dtype) / s
-        rounded = ctx.estimator.round(u, noise)
-        slope = ctx.estimator.slope(u - rounded, grad, ctx.qmax - ctx.qmin)
-        w_int = (rounded + z_int).clamp(ctx.qmin, ctx.qmax)
-        passes = w_int == rounded + z_int
-        if frozen_int is not None:
-            frozen = is_frozen(frozen_int)
-            passes = passes & ~frozen
-            w_int = torch.where(frozen, frozen_int.to(dtype), w_int)
-
-        grad_x = grad_scale = grad_zero_point = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.where(passes, grad if slope is None else grad * slope, 0.0).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            per_value = grad * torch.where(passes, rounded - (u if slope is None else slope * u), w_int - z_int)
-            grad_scale = _sum_like(per_value, s, scale) * ctx.gradient_scale
-        if z is not None and ctx.needs_input_grad[2]:
-            zero_on_grid = (z.round() >= ctx.qmin) & (z.round() <= ctx.qmax)
-            per_value = torch.where(~passes & zero_on_grid, -grad * s, 0.0)
-            grad_zero_point = _sum_like(per_value, s, zero_point) * ctx.gradient_scale
-        return grad_x, grad_scale, grad_zero_point, None, None, None, None, None, None, None
-
-
-def _sum_like(per_value: Tensor, broadcast: Tensor, parameter: Tensor) -> Tensor:
-    """Sum over everything that one value of `parameter` was used for."""
-    return per_value.sum_to_size(broadcast.shape).reshape(parameter.shape).to(parameter.dtype)
+        grads = one_pass(
+            quantize_backward,
+            (x, grad_output, frozen_int, noise),
+            (scale, zero_point),
+            (ctx.qmin, ctx.qmax),
+            axis=ctx.axis,
+            static=(ctx.estimator, ctx.activation),
+        )
+        of_grid = [grad if ctx.gradient_scale == 1.0 else grad * ctx.gradient_scale for grad in grads[1:]]
+        return (grads[0], *of_grid, *[None] * (2 - len(of_grid)), *[None] * 8)
 
 
 # --- hf_oscqat.quantization.timm_layers
@@ -563,7 +849,7 @@ def forbid_merging(model: nn.Module) -> None:
     """Make the methods that merge branches raise: it must be done before quantizers are there."""
     for module in model.modules():
         for method in MERGING:
-            if callable(getattr(module, method, None)):
+            if callable(getattr(type(module), method, None)):  # an instance would search among its tensors
                 module.__dict__[method] = _refuse_to_merge
 
 
@@ -599,11 +885,12 @@ def pack_bits(values: Tensor, num_bits: int) -> Tensor:
             f"got integers from {int(values.min())} to {int(values.max())}, expected 0 to {2**num_bits - 1} "
             f"for {num_bits} bits: subtract qmin first"
         )
-    groups = F.pad(values.long(), (0, -count % 8)).view(rows, -(-count // 8), 8)
-    shifts = torch.arange(8, device=values.device)
-    words = (groups << shifts * num_bits).sum(-1, keepdim=True)
-    packed = (words >> 8 * shifts[:num_bits]) & 0xFF
-    return packed.flatten(1)[:, : packed_width(count, num_bits)].to(torch.uint8).contiguous()
+    in_word, dtype = _word(num_bits)
+    groups = F.pad(values.to(dtype), (0, -count % in_word)).view(rows, -(-count // in_word), in_word)
+    words = (groups << _shifts(groups, in_word, num_bits)).sum(-1, keepdim=True, dtype=dtype)
+    if dtype != torch.uint8:
+        words = (words >> _shifts(words, num_bits, 8)).to(torch.uint8)
+    return words.flatten(1)[:, : packed_width(count, num_bits)].contiguous()
 
 
 def unpack_bits(packed: Tensor, num_bits: int, count: int) -> Tensor:
@@ -626,11 +913,23 @@ def unpack_bits(packed: Tensor, num_bits: int, count: int) -> Tensor:
             f"for {count} integers of {num_bits} bits"
         )
     rows, width = packed.shape
-    groups = F.pad(packed.long(), (0, -width % num_bits)).view(rows, -(-width // num_bits), num_bits)
-    shifts = torch.arange(8, device=packed.device)
-    words = (groups << 8 * shifts[:num_bits]).sum(-1, keepdim=True)
-    values = (words >> num_bits * shifts) & (2**num_bits - 1)
-    return values.flatten(1)[:, :count].to(torch.int16)
+    in_word, dtype = _word(num_bits)
+    if dtype == torch.uint8:
+        words = packed.unsqueeze(-1)
+    else:
+        groups = F.pad(packed, (0, -width % num_bits)).view(rows, -(-width // num_bits), num_bits).to(dtype)
+        words = (groups << _shifts(groups, num_bits, 8)).sum(-1, keepdim=True, dtype=dtype)
+    values = (words >> _shifts(words, in_word, num_bits)).bitwise_and_(2**num_bits - 1)
+    return values.to(torch.int16).flatten(1)[:, :count]
+
+
+def _word(num_bits: int) -> tuple[int, torch.dtype]:
+    """How many integers go into a word, and its type."""
+    return (8, torch.int64) if 8 % num_bits else (8 // num_bits, torch.uint8)
+
+
+def _shifts(like: Tensor, count: int, step: int) -> Tensor:
+    return torch.arange(0, count * step, step, dtype=like.dtype, device=like.device)
 
 
 # --- hf_oscqat.quantization.packed
@@ -710,6 +1009,22 @@ def _grid_to_dict(grid: GridFormat) -> dict[str, Any]:
     return data
 
 
+class _Unpacked(NamedTuple):
+    """A weight, what it was made from, and how often any of these tensors had been written to."""
+
+    weight: Tensor
+    sources: tuple[Tensor | None, ...]
+    versions: tuple[int | None, ...]
+
+    def is_of(self, sources: tuple[Tensor | None, ...]) -> bool:
+        same = all(map(operator.is_, self.sources, sources))
+        return same and self.versions == _versions(self.weight, *sources)
+
+
+def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
+    return tuple([None if tensor is None else tensor._version for tensor in tensors])
+
+
 class PackedLayer(nn.Module):
     """Mixin of a layer in packed form.
 
@@ -720,27 +1035,43 @@ class PackedLayer(nn.Module):
         input_scale: float32 `(1,)`; None where inputs stay float.
         input_zero_point: uint8 or int8 `(1,)`; None when symmetric.
         format: the grids.
+        input_activation: bounds of the activation before the layer, where `fold_activations` has moved it in here.
     """
 
     format: LayerFormat
     compute_dtype: torch.dtype
+    input_activation: Activation | None = None
     weight_packed: Tensor
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
+    _keeps_packed: bool = False
+    _unpacked: _Unpacked | None = None
+    _memory_format: torch.memory_format = torch.contiguous_format
 
     @property
     def weight(self) -> Tensor:
-        """The weight as the layer computes with it, unpacked, in the dtype of the model."""
+        """The weight as the layer computes with it, unpacked, in the dtype of the model.
+
+        It is unpacked once, and again when a tensor that it is made of was replaced or written to. Writing through
+        `.data` or into inference mode's own tensors goes unseen by torch; the latter are therefore unpacked each time.
+        """
         # An AttributeError in here would be taken for a missing `weight` by nn.Module and hide its cause.
         try:
             grid = self.format.weight
             if grid is None:
                 weight = cast(Tensor, self._parameters["weight"])
                 return standardise(self, weight) if is_standardised(type(self)) else weight
-            return self._unpack(grid).to(self.compute_dtype)
-        except AttributeError as error:
+            # In a traced graph stands the unpacking itself: a second copy of the weight could go stale there unseen.
+            if self._keeps_packed or torch.compiler.is_compiling():
+                return self._unpack(grid)
+            buffers = self._buffers  # not by attribute: nn.Module takes its time to find one
+            sources = (buffers["weight_packed"], buffers["weight_scale"], buffers["weight_zero_point"])
+            if self._unpacked is None or not self._unpacked.is_of(sources):
+                return self._unpack_and_keep(grid, sources)
+            return self._unpacked.weight
+        except (AttributeError, KeyError) as error:
             raise RuntimeError(f"the weight of {type(self).__name__} cannot be unpacked: {error}") from error
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -752,28 +1083,48 @@ class PackedLayer(nn.Module):
 
     def _quantized(self, input: Tensor) -> Tensor:
         grid = self.format.input
-        if grid is None or self.input_scale is None:
+        if grid is None:
             return input
-        return fake_quantize(input, self.input_scale, self.input_zero_point, grid.qmin, grid.qmax)
+        scale, zero_point = cast(Tensor, self.input_scale), self.input_zero_point
+        if input.device.type == "cpu" and not input.requires_grad and not is_traced(input):
+            return _round(input, scale, zero_point, grid, self.input_activation)
+        return fake_quantize(input, scale, zero_point, grid.qmin, grid.qmax, activation=self.input_activation)
+
+    def _unpack_and_keep(self, grid: GridFormat, sources: tuple[Tensor | None, ...]) -> Tensor:
+        if any(tensor is not None and (tensor.is_inference() or tensor.requires_grad) for tensor in sources):
+            return self._unpack(grid)
+        # What is made in inference mode could not be used outside of it.
+        with torch.inference_mode(False):
+            weight = self._unpack(grid)
+            if weight.ndim == 4:
+                weight = weight.contiguous(memory_format=self._memory_format)
+        self._unpacked = _Unpacked(weight, sources, _versions(weight, *sources))
+        return weight
 
     def _unpack(self, grid: GridFormat) -> Tensor:
         rows = list(grid.shape)
         rows.insert(0, rows.pop(output_axis(self)))
         values = unpack_bits(self.weight_packed, grid.bits, prod(rows[1:])).view(rows)
-        w_int = values.movedim(0, output_axis(self)) + grid.qmin
+        w_int = values.movedim(0, output_axis(self)).contiguous() + grid.qmin
         if self.weight_zero_point is not None:
             w_int = w_int - broadcast_to_axis(self.weight_zero_point, w_int.ndim, output_axis(self))
         assert self.weight_scale is not None
         scale = broadcast_to_axis(self.weight_scale, w_int.ndim, output_axis(self))
-        return w_int.to(scale.dtype) * scale
+        return (w_int.to(scale.dtype) * scale).to(self.compute_dtype)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy as "the class made for that base", because a class made at run time has no import path."""
-        return _new_packed_layer, (type(self).__bases__[1],), self.__dict__.copy()
+        state = {name: value for name, value in self.__dict__.items() if name != "_unpacked"}
+        return _new_packed_layer, (type(self).__bases__[1],), state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
-        # A cast of the model decides the dtype of the unpacked weight; the scales keep all their digits.
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        self._unpacked = None
+        # A cast of the model decides dtype and layout of the unpacked weight; the scales keep all their digits.
+        like_weight = torch.empty((2,) * 4, dtype=self.compute_dtype).to(memory_format=self._memory_format)
+        cast_weight = fn(like_weight)
+        self.compute_dtype = cast_weight.dtype
+        channels_last = cast_weight.is_contiguous(memory_format=torch.channels_last)
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         scales = {id(scale) for scale in (self.weight_scale, self.input_scale)}
 
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -782,6 +1133,25 @@ class PackedLayer(nn.Module):
 
         super()._apply(keep_precision, recurse)
         return self
+
+
+def _round(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: GridFormat, activation: Activation | None
+) -> Tensor:
+    """What `fake_quantize` computes, on a CPU and for nobody who wants gradients.
+
+    New memory costs more than the arithmetic does. Behind a folded activation nobody else sees `x`, which then takes
+    the result; timm's activations write into their input too.
+    """
+    zero = 0 if zero_point is None else int(zero_point)
+    low, high = grid.qmin - zero, grid.qmax - zero
+    dtype = torch.promote_types(x.dtype, scale.dtype)
+    if activation is not None:
+        # Division and rounding keep the order of values, so the bounds of the activation can be rounded instead.
+        first, last = (torch.tensor(activation, dtype=dtype) / scale).round().tolist()
+        low, high = max(low, first), min(high, last)
+    u = x / scale if activation is None or x.dtype != dtype else x.div_(scale)
+    return u.round_().clamp_(low, high).mul_(scale).to(x.dtype)
 
 
 class StandardisedPackedLayer(PackedLayer):
@@ -806,6 +1176,27 @@ def _packed_class(base: type[nn.Module]) -> type[PackedLayer]:
 def _new_packed_layer(base: type[nn.Module]) -> PackedLayer:
     cls = _packed_class(base)
     return cls.__new__(cls)
+
+
+def keep_packed(model: nn.Module, enabled: bool = True) -> None:
+    """Choose between memory and speed for the packed layers of a model, as long as it lives.
+
+    Args:
+        model: a packed model.
+        enabled: whether to hold the integers only and unpack a weight each time it is used. Otherwise, and by default,
+            unpacked weights are kept from their first use on, beside the integers, and take as much memory as those of
+            the float model.
+
+    Raises:
+        ValueError: if the model has no packed layers.
+    """
+    # Not by class: the remote code of two repositories makes two classes of this name, and one loads for both.
+    layers = cast("list[PackedLayer]", [module for module in model.modules() if hasattr(module, "_keeps_packed")])
+    if not layers:
+        raise ValueError("got a model without packed layers, expected one that hf_oscqat.pack made")
+    for layer in layers:
+        layer._keeps_packed = enabled
+        layer._unpacked = None
 
 
 def quantizer_tensors(name: str, layer_format: LayerFormat, axis: int) -> dict[str, tuple[torch.dtype, list[int]]]:
@@ -879,6 +1270,82 @@ def fill_packed(layer: PackedLayer, tensors: Mapping[str, Tensor]) -> None:
             getattr(layer, name).copy_(value)
 
 
+# --- hf_oscqat.quantization.activations
+FOLDABLE: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
+    # block: (activation, the layer that it feeds, what stands between them and must be nothing)
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": (("bn1.act", "conv_pw", ("aa", "se")),),
+    "timm.models._efficientnet_blocks.InvertedResidual": (
+        ("bn1.act", "conv_dw", ()),
+        ("bn2.act", "conv_pwl", ("aa", "se")),
+    ),
+    "timm.models._efficientnet_blocks.EdgeResidual": (("bn1.act", "conv_pwl", ("aa", "se")),),
+    "timm.models.resnet.BasicBlock": (("act1", "conv2", ("aa",)),),
+    "timm.models.resnet.Bottleneck": (("act1", "conv2", ()), ("act2", "conv3", ("aa",))),
+}
+"""Where the output of an activation goes to one layer only."""
+
+
+class FoldedActivation(nn.Module):
+    """Stands where an activation was that the next layer now applies itself.
+
+    Attributes:
+        activation: what was there.
+    """
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pass on what comes."""
+        return x
+
+
+def fold_activations(model: nn.Module) -> None:
+    """Move activations into the quantized layers behind them, in place, where that is known to be safe."""
+    for block, path, layer in list(_foldable(model)):
+        bounds = _bounds(block.get_submodule(path))
+        if bounds is not None and _quantizes_input(layer):
+            layer.input_activation = bounds  # type: ignore[assignment]
+            _replace(block, path, FoldedActivation(block.get_submodule(path)))
+
+
+def unfold_activations(model: nn.Module) -> None:
+    """Put activations back where they were, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FoldedActivation):
+            _replace(model, name, module.activation)
+    for module in model.modules():
+        if hasattr(module, "input_activation"):
+            module.input_activation = None  # type: ignore[assignment]
+
+
+def _quantizes_input(layer: nn.Module) -> bool:
+    """Whether a layer, in training form or packed, has a quantizer that can take an activation in."""
+    if isinstance(layer, PackedLayer):
+        return layer.format.input is not None
+    return getattr(layer, "input_quantizer", None) is not None
+
+
+def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for block in model.modules():
+        for path, layer, between in FOLDABLE.get(f"{type(block).__module__}.{type(block).__name__}", ()):
+            parts = [getattr(block, part, None) for part in between]
+            if all(part is None or type(part) is nn.Identity for part in parts):
+                yield block, path, block.get_submodule(layer)
+
+
+def _bounds(activation: nn.Module) -> Activation | None:
+    if type(activation) is nn.ReLU:
+        return 0.0, math.inf
+    return (0.0, 6.0) if type(activation) is nn.ReLU6 else None
+
+
+def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
 # --- hf_oscqat.checkpoint
 FORMAT_VERSION = 1
 METADATA_KEY = "oscqat"
@@ -911,7 +1378,10 @@ def header_metadata(model: nn.Module) -> dict[str, str]:
 
 def digest(tensor: Tensor) -> str:
     """Sha256 of a tensor's bytes in C order, little-endian, in base64 without padding, for a short header."""
-    content = tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
+    return _digest(tensor.detach().cpu().contiguous().numpy())
+
+
+def _digest(content: Any) -> str:
     return base64.b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
 
 
@@ -939,7 +1409,8 @@ def check_checkpoint(
     seen: set[str] = set()
     for path in files:
         try:
-            with safe_open(path, "pt") as file:
+            # As arrays of numpy, because making torch's tensors would take three times as long as all the checks.
+            with safe_open(path, "np") as file:
                 content = _read_metadata(path, file.metadata())
                 _compare_layers(content["layers"], layers, ignored_prefixes)
                 digests = _digests_by_tensor(content["sha256"], specs)
@@ -1025,16 +1496,47 @@ def _check_tensor(
         raise CheckpointError(f"got tensor {name!r} of type {stored.get_dtype()}, expected {specs[name][0]}")
 
 
-def _check_values(name: str, tensor: Tensor, sha256: Any, layers: Mapping[str, Any]) -> None:
+def _check_values(name: str, values: Any, sha256: Any, layers: Mapping[str, Any]) -> None:
     layer, _, part = name.rpartition(".")
-    if part.endswith("_scale") and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+    if part.endswith("_scale") and not ((values > 0) & (values < math.inf)).all():
         raise CheckpointError(f"got a scale that is not finite and positive in {name!r}")
     if part.endswith("_zero_point"):
         grid = layers[layer][part.removesuffix("_zero_point")]
-        if not bool(((tensor >= grid["qmin"]) & (tensor <= grid["qmax"])).all()):
+        if not ((values >= grid["qmin"]) & (values <= grid["qmax"])).all():
             raise CheckpointError(f"got a zero-point outside {grid['qmin']} to {grid['qmax']} in {name!r}")
-    if sha256 != digest(tensor):
+    if sha256 != _digest(values):
         raise CheckpointError(f"got other contents of {name!r} than were written: its sha256 is not the header's")
+
+
+# --- hf_oscqat.integration.shared_modules
+Place = tuple[nn.Module, str, nn.Module]
+"""A module that holds another, under what name, and the other."""
+
+
+def state_dict_without_repeats(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict with the tensors of a shared module under the name of its first place only."""
+    names = {name for name, _ in model.named_modules()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] in names}
+
+
+def hide_repeats(model: nn.Module) -> list[Place]:
+    """Take shared modules out of all their places but the first; the model cannot run until they are restored."""
+    modules = dict(model.named_modules())
+    places = [
+        (module, child_name, child)
+        for name, module in modules.items()
+        for child_name, child in module._modules.items()
+        if child is not None and f"{name}.{child_name}".removeprefix(".") not in modules
+    ]
+    for module, child_name, _ in places:
+        module._modules[child_name] = None  # and not deleted: the order of the names stays
+    return places
+
+
+def restore_repeats(places: Iterable[Place]) -> None:
+    """Put back what `hide_repeats` took out."""
+    for module, child_name, child in places:
+        module._modules[child_name] = child
 
 
 # --- hf_oscqat.integration.modeling
@@ -1048,6 +1550,29 @@ class OscQATTimmConfig(TimmWrapperConfig):
     """Configuration of a packed timm model; the fields are those of `TimmWrapperConfig`."""
 
     model_type = "oscqat_timm"
+
+    def __repr__(self) -> str:
+        """Name the architecture; transformers asks for this on every load, and the grids of all layers take long."""
+        return f"{type(self).__name__}(architecture={self.architecture!r})"
+
+
+class _NothingToFill(TorchFunctionMode):
+    """Leaves out what fills tensors of the meta device, which hold nothing.
+
+    `from_pretrained` makes the model there, and random weights for it would take a fourth of the time of loading.
+    """
+
+    FILLS = frozenset(f for name, f in vars(nn.init).items() if name.endswith("_") and callable(f))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self.FILLS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 class _PublishedModel:
@@ -1063,7 +1588,23 @@ class _PublishedModel:
             raise CheckpointError(
                 "got a config.json of a packed model without quantization_config, expected what hf_oscqat.pack writes"
             )
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        with _NothingToFill():
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+
+    def keep_packed(self, enabled: bool = True) -> Self:
+        """Choose memory over speed: hold the integers only, and unpack a weight each time it is used.
+
+        Otherwise, and by default, unpacked weights are kept from the first forward on, beside the integers; they take
+        as much memory as those of the float model. This holds for the object at hand and is not saved.
+
+        Args:
+            enabled: False goes back to the default.
+
+        Returns:
+            The model, so that it can follow `from_pretrained` at once.
+        """
+        keep_packed(cast(PreTrainedModel, self), enabled)
+        return self
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save weights and config, and beside them the code that loading needs.
@@ -1116,6 +1657,8 @@ class PackedConfig(QuantizationConfigMixin):
 class PackedQuantizer(HfQuantizer):
     """What `from_pretrained` does for a packed checkpoint: make the layers and check the file."""
 
+    hidden_repeats: Sequence[Place] = ()
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
@@ -1144,21 +1687,29 @@ class PackedQuantizer(HfQuantizer):
                     raise CheckpointError(f"layer {name!r}: {error}") from error
                 # Its weight is computed; transformers must not initialise it.
                 modules[name]._is_hf_initialized = True
+        fold_activations(model)
         forbid_merging(model)
+        self.hidden_repeats = hide_repeats(model)
         if checkpoint_files:
             check_checkpoint(checkpoint_files, layers, model, headless)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_all_loaded(model)
+        self.restore_repeats()
         for parameter in model.parameters():
             # Mapped from the file, it may begin anywhere; torch would then sum in another order than in training.
             if parameter.data_ptr() % ALIGNMENT:
                 parameter.data = parameter.data.clone()
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Return no state dict of its own, and what goes into the header of the file."""
-        return None, header_metadata(model)
+    def restore_repeats(self) -> None:
+        """Put shared modules back into all their places."""
+        restore_repeats(self.hidden_repeats)
+        self.hidden_repeats = ()
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what goes into the file, and into its header."""
+        return state_dict_without_repeats(model), header_metadata(model)
 
     def is_serializable(self) -> bool:
         """Whether `save_pretrained` works."""

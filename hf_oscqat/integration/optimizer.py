@@ -93,4 +93,6 @@ def create_optimizer(
         weights = torch.optim.AdamW(weight_groups, lr=learning_rate, betas=adam_betas, eps=adam_epsilon)
     else:
         raise ValueError(f"got weight_optimizer={weight_optimizer!r}, expected 'sgd' or 'adamw'")
-    return OscQATOptimizer(weights, Adam(scale_parameters, lr=scale_learning_rate), scales_to_bound)
+    # A hundred tensors of one value each: all in one call, or Adam costs as much as a layer.
+    fused = all(p.device.type in ("cpu", "cuda") for p in scale_parameters)
+    return OscQATOptimizer(weights, Adam(scale_parameters, lr=scale_learning_rate, fused=fused), scales_to_bound)

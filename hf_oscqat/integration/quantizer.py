@@ -12,7 +12,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from hf_oscqat.checkpoint import CheckpointError
 from hf_oscqat.config import QUANT_METHOD, OscQATConfig
 from hf_oscqat.integration.modeling import PackedQuantizer, check_all_loaded, ignore_head
-from hf_oscqat.prepare import insert_quantizers
+from hf_oscqat.integration.shared_modules import hide_repeats
+from hf_oscqat.prepare import check_layers, insert_quantizers
 from hf_oscqat.quantization.layers import quantized_layers, quantizers
 from hf_oscqat.remedies.tracker import OscillationState, attach_oscillation_state
 
@@ -41,6 +42,7 @@ class OscQATQuantizer(PackedQuantizer):
         elif self.pre_quantized:
             ignored = ignore_head(model)
             insert_quantizers(model, self.quantization_config, partial_model=True)
+            self.hidden_repeats = hide_repeats(model)
             _attach_what_was_saved(model, checkpoint_files or (), ignored)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -50,6 +52,7 @@ class OscQATQuantizer(PackedQuantizer):
             insert_quantizers(model, self.quantization_config)
             return model
         check_all_loaded(model)
+        self.restore_repeats()
         for name, quantizer in quantizers(model):
             quantizer.refresh()
             if not bool((torch.isfinite(quantizer.scale) & (quantizer.scale > 0)).all()):
@@ -59,9 +62,16 @@ class OscQATQuantizer(PackedQuantizer):
                 module.refresh()
         return model
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Return no state dict of its own, and what goes into the header of the file."""
-        return super().get_state_dict_and_metadata(model) if self._is_packed else (None, {})
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Return what goes into the file, and into its header.
+
+        Raises:
+            ValueError: if a layer was replaced after preparation; the file could not be loaded.
+        """
+        if not self._is_packed:
+            check_layers(model, self.quantization_config)
+        state_dict, metadata = super().get_state_dict_and_metadata(model)
+        return state_dict, metadata if self._is_packed else {}
 
     @property
     def is_trainable(self) -> bool:

@@ -10,11 +10,14 @@ from pathlib import Path
 
 MODULES = (
     "hf_oscqat.quantization.gradient_estimators",
+    "hf_oscqat.quantization.kernels",
     "hf_oscqat.quantization.functional",
     "hf_oscqat.quantization.timm_layers",
     "hf_oscqat.quantization.packing",
     "hf_oscqat.quantization.packed",
+    "hf_oscqat.quantization.activations",
     "hf_oscqat.checkpoint",
+    "hf_oscqat.integration.shared_modules",
     "hf_oscqat.integration.modeling",
 )
 TARGET = Path(__file__).with_name("modeling_oscqat.py")

@@ -31,9 +31,16 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from hf_oscqat.config import OscQATConfig
 from hf_oscqat.integration.evaluate import accuracy_metrics, keep_top5
 from hf_oscqat.integration.optimizer import create_optimizer
+from hf_oscqat.integration.pixels import normalize_pixels
 from hf_oscqat.prepare import model_parameters, quantizer_parameters
 from hf_oscqat.quantization.layers import quantized_layers, quantizers
-from hf_oscqat.remedies.batchnorm import average_over_processes, batchnorm_layers, reestimate_batchnorm
+from hf_oscqat.remedies.base import take_tick
+from hf_oscqat.remedies.batchnorm import (
+    average_over_processes,
+    batchnorm_layers,
+    evaluation_mode,
+    reestimate_batchnorm,
+)
 from hf_oscqat.remedies.tracker import OscillationTracker
 
 logger = logging.getLogger(__name__)
@@ -91,8 +98,17 @@ class OscQATTrainingArguments(TrainingArguments):
             )
 
 
-class PickleFreeTrainer(Trainer):
-    """transformers' Trainer, whose `training_args.bin`, a pickle, does not stay in what it saves."""
+class ImageTrainer(Trainer):
+    """transformers' Trainer for images that arrive as uint8, or as floats.
+
+    Its `training_args.bin`, a pickle, does not stay in what it saves.
+    """
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if isinstance(inputs.get("pixel_values"), torch.Tensor):
+            inputs["pixel_values"] = normalize_pixels(inputs["pixel_values"], self.model.config)
+        return inputs
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model and config."""
@@ -102,7 +118,7 @@ class PickleFreeTrainer(Trainer):
                 os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
 
 
-class OscQATTrainer(PickleFreeTrainer):
+class OscQATTrainer(ImageTrainer):
     """Trains a prepared and calibrated model, with the remedies of its config.
 
     Args:
@@ -138,7 +154,9 @@ class OscQATTrainer(PickleFreeTrainer):
         self.oscqat_config = config
         self.remedies = config.remedies()
         # Before the model is wrapped or loaded into: the statistics are buffers of its layers.
-        self.tracker = OscillationTracker(model, momentum=config.momentum) if args.track_oscillations else None
+        self.tracker = None
+        if args.track_oscillations:
+            self.tracker = OscillationTracker(model, config.momentum, use_ema=config.use_ema)
         if self.tracker is None and self.remedies:
             raise ValueError("got track_oscillations=False with remedies in the config, which need the tracker")
         self._remedy_losses: dict[str, Any] = {}
@@ -221,6 +239,18 @@ class OscQATTrainer(PickleFreeTrainer):
             average_over_processes(batchnorm_layers(self.model))
         return super().evaluate(*args, **kwargs)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate, and keep nothing that was cached meanwhile; the model stays in evaluation mode."""
+        with evaluation_mode(self.model):
+            output = super().evaluation_loop(*args, **kwargs)
+        self.model.eval()
+        return output
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate one batch in inference mode; accelerate sees to the precision of training."""
+        with torch.inference_mode():
+            return super().prediction_step(*args, **kwargs)
+
     def reestimate_batchnorm(self) -> None:
         """Re-estimate batch-norm statistics on training batches, the same ones each time, shared among processes."""
         batches = self.oscqat_config.batchnorm_reestimation_batches
@@ -234,12 +264,14 @@ class OscQATTrainer(PickleFreeTrainer):
             batch_size=min(self.args.train_batch_size, max(2, len(indices) // world_size)),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             # A last batch of one image would give batch-norm no variance.
             drop_last=True,
         )
         model = self.accelerator.unwrap_model(self.model)
         shown = not self.args.disable_tqdm and self.is_local_process_zero()
-        with fixed_randomness(self.args.seed):
+        # Evaluation before training meets a model that accelerate has not wrapped yet.
+        with fixed_randomness(self.args.seed), self.accelerator.autocast():
             progress = tqdm(loader, desc="Re-estimating batch-norm", leave=False, disable=not shown)
             images = (self._images(batch) for batch in progress)
             reestimate_batchnorm(model, images, total_variance=self.oscqat_config.batchnorm_total_variance)
@@ -261,9 +293,7 @@ class OscQATTrainer(PickleFreeTrainer):
 
     def _tick(self, *_: Any) -> None:
         if self.tracker is not None:
-            self.tracker.tick()
-            for remedy in self.remedies:
-                remedy.on_tick(self.tracker, self.step, self.state.max_steps)
+            take_tick(self.tracker, self.remedies, self.step, self.state.max_steps)
 
     @property
     def _reestimates(self) -> bool:

@@ -5,6 +5,9 @@ tracker, dampening and packing therefore cannot disagree about where a value is 
 
 The gradients are those of Esser et al., "Learned Step Size Quantization" (ICLR 2020, eq. 3) with a learned zero-point.
 The in-range mask is computed here and not left to `clamp`, whose gradient at its own bounds changed in torch 2.15.
+
+Forward and backward are defined once, in `quantize` and `quantize_backward`. Eager mode runs them in one pass over
+memory (`kernels.py`); torch.compile, torch.export and torch.func trace them as they are.
 """
 
 from collections.abc import Callable
@@ -16,6 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hf_oscqat.quantization.gradient_estimators import STRAIGHT_THROUGH, GradientEstimator, make_gradient_estimator
+from hf_oscqat.quantization.kernels import one_pass
+
+Activation = tuple[float, float]
+"""Smallest and largest value that an activation lets through: `(0.0, 6.0)` for ReLU6, `(0.0, inf)` for ReLU."""
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -117,10 +124,18 @@ def _round_to_grid(
     x_int = rounding(x.to(dtype) / broadcast_to_axis(scale.to(dtype), x.ndim, axis))
     if zero_point is not None:
         x_int += _grid_zero(broadcast_to_axis(zero_point.to(dtype), x.ndim, axis), qmin, qmax)
-    x_int.clamp_(qmin, qmax)
-    if frozen_int is not None:
-        x_int = torch.where(is_frozen(frozen_int), frozen_int.to(dtype), x_int)
-    return x_int
+    x_int = x_int.clamp(qmin, qmax)  # not in place, for which torch.func.vmap has no rule
+    return x_int if frozen_int is None else _replace_frozen(x_int, frozen_int)[0]
+
+
+def _replace_frozen(x_int: Tensor, frozen_int: Tensor) -> tuple[Tensor, Tensor]:
+    """Put frozen integers in their places; also return 1 where a weight is live and 0 where it is frozen.
+
+    Masks in here and in `quantize_backward` are numbers, because on a CPU torch is several times slower with booleans.
+    """
+    live = frozen_int.clone().eq_(live_sentinel(frozen_int.dtype)).to(x_int.dtype)
+    frozen = frozen_int.to(x_int.dtype)
+    return torch.addcmul(frozen, x_int - frozen, live), live
 
 
 def fake_quantize(
@@ -134,6 +149,7 @@ def fake_quantize(
     frozen_int: Tensor | None = None,
     gradient_scale: float = 1.0,
     gradient_estimator: str | GradientEstimator = STRAIGHT_THROUGH,
+    activation: Activation | None = None,
 ) -> Tensor:
     """Round `x` to a grid and back to real values; differentiable in `x`, `scale` and `zero_point`.
 
@@ -160,6 +176,8 @@ def fake_quantize(
         frozen_int: integers of frozen weights, with `live_sentinel` elsewhere; None if nothing is frozen.
         gradient_scale: factor on the gradients of `scale` and `zero_point`; `lsq_gradient_scale` gives LSQ's.
         gradient_estimator: one of `GRADIENT_ESTIMATORS`, by name or as an object with settings of its own.
+        activation: first clamp `x` to these bounds, as the activation before the layer would, in the same pass; `x`
+            then gets a gradient strictly between them only.
 
     Returns:
         Tensor shaped and typed like `x`.
@@ -173,7 +191,7 @@ def fake_quantize(
         gradient_estimator = make_gradient_estimator(gradient_estimator)
     noise = gradient_estimator.noise(x, _compute_dtype(x, scale))
     return _FakeQuantize.apply(
-        x, scale, zero_point, frozen_int, noise, qmin, qmax, axis, gradient_scale, gradient_estimator
+        x, scale, zero_point, frozen_int, noise, qmin, qmax, axis, gradient_scale, gradient_estimator, activation
     )
 
 
@@ -182,8 +200,93 @@ def lsq_gradient_scale(x: Tensor, scale: Tensor, qmax: int) -> float:
     return (max(1, x.numel() // scale.numel()) * qmax) ** -0.5
 
 
+def quantize(
+    tensors: Any, parameters: Any, bounds: Any, axis: int, estimator: GradientEstimator, activation: Activation | None
+) -> tuple[Tensor, ...]:
+    """The forward pass of `fake_quantize`, as a function for `one_pass`.
+
+    Args:
+        tensors: `x`, frozen integers or None, noise or None.
+        parameters: scale, zero-point or None.
+        bounds: qmin and qmax.
+        axis: channel dimension.
+        estimator: how noise, if there is any, rounds.
+        activation: clamp `x` to its bounds first.
+
+    Returns:
+        The values on the grid, typed like `x`.
+    """
+    x, frozen_int, noise = tensors
+    scale, zero_point = parameters
+    qmin, qmax = bounds
+    clamped = x if activation is None else x.clamp(*activation)
+    rounding = torch.round_ if noise is None else partial(estimator.round, noise=noise)
+    x_int = _round_to_grid(clamped, scale, zero_point, qmin, qmax, axis, frozen_int, rounding)
+    if zero_point is not None:
+        x_int -= _grid_zero(broadcast_to_axis(zero_point.to(x_int.dtype), x.ndim, axis), qmin, qmax)
+    x_int *= broadcast_to_axis(scale.to(x_int.dtype), x.ndim, axis)
+    return (x_int.to(x.dtype),)
+
+
+def quantize_backward(
+    tensors: Any, parameters: Any, bounds: Any, axis: int, estimator: GradientEstimator, activation: Activation | None
+) -> tuple[Tensor, ...]:
+    """The backward pass of `fake_quantize`, as a function for `one_pass`; see the table there.
+
+    Args:
+        tensors: `x`, upstream gradient, frozen integers or None, noise or None.
+        parameters: see `quantize`.
+        bounds: see `quantize`.
+        axis: see `quantize`.
+        estimator: its slope stands in for that of rounding.
+        activation: see `quantize`.
+
+    Returns:
+        Gradients of `x`, scale and, where there is one, zero-point.
+    """
+    x, grad_output, frozen_int, noise = tensors
+    scale, zero_point = parameters
+    qmin, qmax = bounds
+    dtype = _compute_dtype(x, scale)
+    s = broadcast_to_axis(scale.to(dtype), x.ndim, axis)
+    z = None if zero_point is None else broadcast_to_axis(zero_point.to(dtype), x.ndim, axis)
+    grad = grad_output.to(dtype)
+
+    u = (x if activation is None else x.clamp(*activation)).to(dtype) / s
+    rounded = estimator.round(u, noise)
+    slope = estimator.slope(u - rounded, grad, qmax - qmin)
+    residual = rounded - (u if slope is None else u.mul_(slope))
+    zero = None if z is None else _grid_zero(z, qmin, qmax)
+    position = rounded if zero is None else rounded.add_(zero)
+    w_int = position.clamp(qmin, qmax)
+    passes = position.eq_(w_int)
+    if frozen_int is not None:
+        w_int, live = _replace_frozen(w_int, frozen_int)
+        passes *= live
+    if zero is not None:
+        w_int -= zero
+
+    passed = grad * passes
+    grad_scale = _sum_like(torch.addcmul(residual.mul_(passed), grad - passed, w_int), s, scale)
+    grad_zero_point: tuple[Tensor, ...] = ()
+    if z is not None:
+        on_grid = (z.round() >= qmin) & (z.round() <= qmax)
+        grad_zero_point = (_sum_like((passed - grad) * s, s, zero_point) * on_grid.reshape(zero_point.shape),)
+    grad_x = passed if slope is None else passed.mul_(slope)
+    if activation is not None:
+        grad_x = torch.ops.aten.hardtanh_backward(grad_x, x.to(dtype), *activation)
+    return (grad_x.to(x.dtype), grad_scale, *grad_zero_point)
+
+
+def _sum_like(per_value: Tensor, broadcast: Tensor, parameter: Tensor) -> Tensor:
+    """Sum over everything that one value of `parameter` was used for."""
+    return per_value.sum_to_size(broadcast.shape).reshape(parameter.shape).to(parameter.dtype)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Keeps `x`, and noise if any, for backward; the rest is recomputed, which is cheaper than reading it back."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -197,51 +300,28 @@ class _FakeQuantize(torch.autograd.Function):
         axis: int,
         gradient_scale: float,
         estimator: GradientEstimator,
+        activation: Activation | None,
     ) -> Tensor:
-        rounding = torch.round_ if noise is None else partial(estimator.round, noise=noise)
-        x_int = _round_to_grid(x, scale, zero_point, qmin, qmax, axis, frozen_int, rounding)
-        if zero_point is not None:
-            x_int = x_int - _grid_zero(broadcast_to_axis(zero_point.to(x_int.dtype), x.ndim, axis), qmin, qmax)
-        return (x_int * broadcast_to_axis(scale.to(x_int.dtype), x.ndim, axis)).to(x.dtype)
+        static = (estimator, activation)
+        tensors, parameters = (x, frozen_int, noise), (scale, zero_point)
+        return one_pass(quantize, tensors, parameters, (qmin, qmax), axis=axis, static=static, small=8)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale, ctx.estimator = inputs
+        *tensors, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale, ctx.estimator, ctx.activation = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point, frozen_int, noise = ctx.saved_tensors
-        dtype = _compute_dtype(x, scale)
-        s = broadcast_to_axis(scale.to(dtype), x.ndim, ctx.axis)
-        z = None if zero_point is None else broadcast_to_axis(zero_point.to(dtype), x.ndim, ctx.axis)
-        z_int = _grid_zero(z, ctx.qmin, ctx.qmax)
-        grad = grad_output.to(dtype)
-
-        u = x.to(dtype) / s
-        rounded = ctx.estimator.round(u, noise)
-        slope = ctx.estimator.slope(u - rounded, grad, ctx.qmax - ctx.qmin)
-        w_int = (rounded + z_int).clamp(ctx.qmin, ctx.qmax)
-        passes = w_int == rounded + z_int
-        if frozen_int is not None:
-            frozen = is_frozen(frozen_int)
-            passes = passes & ~frozen
-            w_int = torch.where(frozen, frozen_int.to(dtype), w_int)
-
-        grad_x = grad_scale = grad_zero_point = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.where(passes, grad if slope is None else grad * slope, 0.0).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            per_value = grad * torch.where(passes, rounded - (u if slope is None else slope * u), w_int - z_int)
-            grad_scale = _sum_like(per_value, s, scale) * ctx.gradient_scale
-        if z is not None and ctx.needs_input_grad[2]:
-            zero_on_grid = (z.round() >= ctx.qmin) & (z.round() <= ctx.qmax)
-            per_value = torch.where(~passes & zero_on_grid, -grad * s, 0.0)
-            grad_zero_point = _sum_like(per_value, s, zero_point) * ctx.gradient_scale
-        return grad_x, grad_scale, grad_zero_point, None, None, None, None, None, None, None
-
-
-def _sum_like(per_value: Tensor, broadcast: Tensor, parameter: Tensor) -> Tensor:
-    """Sum over everything that one value of `parameter` was used for."""
-    return per_value.sum_to_size(broadcast.shape).reshape(parameter.shape).to(parameter.dtype)
+        grads = one_pass(
+            quantize_backward,
+            (x, grad_output, frozen_int, noise),
+            (scale, zero_point),
+            (ctx.qmin, ctx.qmax),
+            axis=ctx.axis,
+            static=(ctx.estimator, ctx.activation),
+        )
+        of_grid = [grad if ctx.gradient_scale == 1.0 else grad * ctx.gradient_scale for grad in grads[1:]]
+        return (grads[0], *of_grid, *[None] * (2 - len(of_grid)), *[None] * 8)

@@ -8,12 +8,16 @@ the SAME padding of timm's `Conv2dSame` without a word.
 Writing into `layer.weight` in place after this changes a computed tensor and is lost; write into `latent_weight`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from hf_oscqat.quantization.functional import TRANSPOSED
+from hf_oscqat.quantization.functional import TRANSPOSED, Activation
+from hf_oscqat.quantization.kernels import is_traced
 from hf_oscqat.quantization.quantizer import Quantizer
 from hf_oscqat.quantization.timm_layers import convolve, is_standardised, standardise
 
@@ -26,10 +30,12 @@ class QuantizedLayer(nn.Module):
     Attributes:
         weight_quantizer: quantizer of the weight, or None where the weight stays float.
         input_quantizer: quantizer of the input, or None where the input stays float.
+        input_activation: bounds of the activation before the layer, where `fold_activations` has moved it in here.
     """
 
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
+    input_activation: Activation | None = None
 
     @property
     def latent_weight(self) -> nn.Parameter:
@@ -56,9 +62,44 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Quantize the input, then do what the layer always did."""
-        if self.input_quantizer is not None:
-            input = self.input_quantizer(input)
-        return super().forward(input, *args, **kwargs)
+        quantized = self._quantized(input)
+        with self._keeping(input, quantized):
+            return super().forward(quantized, *args, **kwargs)
+
+    def _quantized(self, input: Tensor) -> Tensor:
+        quantizer, activation = self.input_quantizer, self.input_activation
+        if isinstance(quantizer, Quantizer):
+            return quantizer(input, activation)
+        if activation is not None:
+            input = input.clamp(*activation)
+        return input if quantizer is None else quantizer(input)
+
+    def _keeping(self, input: Tensor, quantized: Tensor) -> AbstractContextManager[Any]:
+        """Let autograd keep the input, which the quantizer needs anyway, and compute the quantized one from it again.
+
+        The layer's gradient needs its quantized input. To keep both would be half as much memory again as the float
+        model takes, and to round once more is cheap. Under torch.compile its partitioner decides such things.
+        """
+        quantizer = self.input_quantizer
+        if not (isinstance(quantizer, Quantizer) and quantized.requires_grad) or is_traced(quantized):
+            return nullcontext()
+        if quantizer.rounds_at_random:
+            return nullcontext()
+        input, activation = input.detach(), self.input_activation
+        storage = quantized.untyped_storage().data_ptr()
+
+        def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
+            if saved.untyped_storage().data_ptr() != storage or saved.dtype != input.dtype:
+                return saved
+            size, stride, offset = saved.size(), saved.stride(), saved.storage_offset()  # it may be a view
+
+            def again() -> Tensor:
+                with torch.no_grad():
+                    return quantizer(input, activation).as_strided(size, stride, offset)
+
+            return again
+
+        return saved_tensors_hooks(pack, lambda packed: packed if isinstance(packed, Tensor) else packed())
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy as "the class made for that base", because a class made at run time has no import path."""
@@ -75,9 +116,9 @@ class StandardisedQuantizedLayer(QuantizedLayer):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Quantize the input and convolve; the weight is standardised already."""
-        if self.input_quantizer is not None:
-            input = self.input_quantizer(input)
-        return convolve(self, input)
+        quantized = self._quantized(input)
+        with self._keeping(input, quantized):
+            return convolve(self, quantized)
 
 
 _QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {}

@@ -2,17 +2,21 @@
 
 Like the training form it is a mixin in front of the layer's own class, so the same forward runs. Input rounding calls
 the function that training called, and the weight is rebuilt by the same two operations: outputs agree to the bit.
+
+The weight is rebuilt at the first forward and kept beside the integers; `keep_packed` trades that speed for memory.
 """
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from hf_oscqat.quantization.functional import broadcast_to_axis, fake_quantize, output_axis
+from hf_oscqat.quantization.functional import Activation, broadcast_to_axis, fake_quantize, output_axis
+from hf_oscqat.quantization.kernels import is_traced
 from hf_oscqat.quantization.packing import pack_bits, packed_width, unpack_bits
 from hf_oscqat.quantization.timm_layers import convolve, is_standardised, standardise
 
@@ -93,6 +97,22 @@ def _grid_to_dict(grid: GridFormat) -> dict[str, Any]:
     return data
 
 
+class _Unpacked(NamedTuple):
+    """A weight, what it was made from, and how often any of these tensors had been written to."""
+
+    weight: Tensor
+    sources: tuple[Tensor | None, ...]
+    versions: tuple[int | None, ...]
+
+    def is_of(self, sources: tuple[Tensor | None, ...]) -> bool:
+        same = all(map(operator.is_, self.sources, sources))
+        return same and self.versions == _versions(self.weight, *sources)
+
+
+def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
+    return tuple([None if tensor is None else tensor._version for tensor in tensors])
+
+
 class PackedLayer(nn.Module):
     """Mixin of a layer in packed form.
 
@@ -103,27 +123,43 @@ class PackedLayer(nn.Module):
         input_scale: float32 `(1,)`; None where inputs stay float.
         input_zero_point: uint8 or int8 `(1,)`; None when symmetric.
         format: the grids.
+        input_activation: bounds of the activation before the layer, where `fold_activations` has moved it in here.
     """
 
     format: LayerFormat
     compute_dtype: torch.dtype
+    input_activation: Activation | None = None
     weight_packed: Tensor
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
+    _keeps_packed: bool = False
+    _unpacked: _Unpacked | None = None
+    _memory_format: torch.memory_format = torch.contiguous_format
 
     @property
     def weight(self) -> Tensor:
-        """The weight as the layer computes with it, unpacked, in the dtype of the model."""
+        """The weight as the layer computes with it, unpacked, in the dtype of the model.
+
+        It is unpacked once, and again when a tensor that it is made of was replaced or written to. Writing through
+        `.data` or into inference mode's own tensors goes unseen by torch; the latter are therefore unpacked each time.
+        """
         # An AttributeError in here would be taken for a missing `weight` by nn.Module and hide its cause.
         try:
             grid = self.format.weight
             if grid is None:
                 weight = cast(Tensor, self._parameters["weight"])
                 return standardise(self, weight) if is_standardised(type(self)) else weight
-            return self._unpack(grid).to(self.compute_dtype)
-        except AttributeError as error:
+            # In a traced graph stands the unpacking itself: a second copy of the weight could go stale there unseen.
+            if self._keeps_packed or torch.compiler.is_compiling():
+                return self._unpack(grid)
+            buffers = self._buffers  # not by attribute: nn.Module takes its time to find one
+            sources = (buffers["weight_packed"], buffers["weight_scale"], buffers["weight_zero_point"])
+            if self._unpacked is None or not self._unpacked.is_of(sources):
+                return self._unpack_and_keep(grid, sources)
+            return self._unpacked.weight
+        except (AttributeError, KeyError) as error:
             raise RuntimeError(f"the weight of {type(self).__name__} cannot be unpacked: {error}") from error
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -135,28 +171,48 @@ class PackedLayer(nn.Module):
 
     def _quantized(self, input: Tensor) -> Tensor:
         grid = self.format.input
-        if grid is None or self.input_scale is None:
+        if grid is None:
             return input
-        return fake_quantize(input, self.input_scale, self.input_zero_point, grid.qmin, grid.qmax)
+        scale, zero_point = cast(Tensor, self.input_scale), self.input_zero_point
+        if input.device.type == "cpu" and not input.requires_grad and not is_traced(input):
+            return _round(input, scale, zero_point, grid, self.input_activation)
+        return fake_quantize(input, scale, zero_point, grid.qmin, grid.qmax, activation=self.input_activation)
+
+    def _unpack_and_keep(self, grid: GridFormat, sources: tuple[Tensor | None, ...]) -> Tensor:
+        if any(tensor is not None and (tensor.is_inference() or tensor.requires_grad) for tensor in sources):
+            return self._unpack(grid)
+        # What is made in inference mode could not be used outside of it.
+        with torch.inference_mode(False):
+            weight = self._unpack(grid)
+            if weight.ndim == 4:
+                weight = weight.contiguous(memory_format=self._memory_format)
+        self._unpacked = _Unpacked(weight, sources, _versions(weight, *sources))
+        return weight
 
     def _unpack(self, grid: GridFormat) -> Tensor:
         rows = list(grid.shape)
         rows.insert(0, rows.pop(output_axis(self)))
         values = unpack_bits(self.weight_packed, grid.bits, prod(rows[1:])).view(rows)
-        w_int = values.movedim(0, output_axis(self)) + grid.qmin
+        w_int = values.movedim(0, output_axis(self)).contiguous() + grid.qmin
         if self.weight_zero_point is not None:
             w_int = w_int - broadcast_to_axis(self.weight_zero_point, w_int.ndim, output_axis(self))
         assert self.weight_scale is not None
         scale = broadcast_to_axis(self.weight_scale, w_int.ndim, output_axis(self))
-        return w_int.to(scale.dtype) * scale
+        return (w_int.to(scale.dtype) * scale).to(self.compute_dtype)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy as "the class made for that base", because a class made at run time has no import path."""
-        return _new_packed_layer, (type(self).__bases__[1],), self.__dict__.copy()
+        state = {name: value for name, value in self.__dict__.items() if name != "_unpacked"}
+        return _new_packed_layer, (type(self).__bases__[1],), state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
-        # A cast of the model decides the dtype of the unpacked weight; the scales keep all their digits.
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        self._unpacked = None
+        # A cast of the model decides dtype and layout of the unpacked weight; the scales keep all their digits.
+        like_weight = torch.empty((2,) * 4, dtype=self.compute_dtype).to(memory_format=self._memory_format)
+        cast_weight = fn(like_weight)
+        self.compute_dtype = cast_weight.dtype
+        channels_last = cast_weight.is_contiguous(memory_format=torch.channels_last)
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         scales = {id(scale) for scale in (self.weight_scale, self.input_scale)}
 
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -165,6 +221,25 @@ class PackedLayer(nn.Module):
 
         super()._apply(keep_precision, recurse)
         return self
+
+
+def _round(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: GridFormat, activation: Activation | None
+) -> Tensor:
+    """What `fake_quantize` computes, on a CPU and for nobody who wants gradients.
+
+    New memory costs more than the arithmetic does. Behind a folded activation nobody else sees `x`, which then takes
+    the result; timm's activations write into their input too.
+    """
+    zero = 0 if zero_point is None else int(zero_point)
+    low, high = grid.qmin - zero, grid.qmax - zero
+    dtype = torch.promote_types(x.dtype, scale.dtype)
+    if activation is not None:
+        # Division and rounding keep the order of values, so the bounds of the activation can be rounded instead.
+        first, last = (torch.tensor(activation, dtype=dtype) / scale).round().tolist()
+        low, high = max(low, first), min(high, last)
+    u = x / scale if activation is None or x.dtype != dtype else x.div_(scale)
+    return u.round_().clamp_(low, high).mul_(scale).to(x.dtype)
 
 
 class StandardisedPackedLayer(PackedLayer):
@@ -189,6 +264,27 @@ def _packed_class(base: type[nn.Module]) -> type[PackedLayer]:
 def _new_packed_layer(base: type[nn.Module]) -> PackedLayer:
     cls = _packed_class(base)
     return cls.__new__(cls)
+
+
+def keep_packed(model: nn.Module, enabled: bool = True) -> None:
+    """Choose between memory and speed for the packed layers of a model, as long as it lives.
+
+    Args:
+        model: a packed model.
+        enabled: whether to hold the integers only and unpack a weight each time it is used. Otherwise, and by default,
+            unpacked weights are kept from their first use on, beside the integers, and take as much memory as those of
+            the float model.
+
+    Raises:
+        ValueError: if the model has no packed layers.
+    """
+    # Not by class: the remote code of two repositories makes two classes of this name, and one loads for both.
+    layers = cast("list[PackedLayer]", [module for module in model.modules() if hasattr(module, "_keeps_packed")])
+    if not layers:
+        raise ValueError("got a model without packed layers, expected one that hf_oscqat.pack made")
+    for layer in layers:
+        layer._keeps_packed = enabled
+        layer._unpacked = None
 
 
 def quantizer_tensors(name: str, layer_format: LayerFormat, axis: int) -> dict[str, tuple[torch.dtype, list[int]]]:

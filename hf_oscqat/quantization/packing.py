@@ -1,8 +1,8 @@
 """Integers as a dense stream of bits: 3-bit weights take 3 bits.
 
-Each row is packed on its own, least significant bit first, and ends on a byte boundary. Eight integers of b bits make
-exactly b bytes, so eight of them are shifted into one 64-bit word and its b low bytes are what is stored; no loop over
-bits, for any width from 1 to 8.
+Each row is packed on its own, least significant bit first, and ends on a byte boundary. There is no loop over bits:
+integers are shifted into words, and the words' low bytes are what is stored. Where the width divides 8, a word is one
+byte; otherwise eight integers of b bits make exactly b bytes, for which a word of 64 bits has room.
 """
 
 import torch
@@ -34,11 +34,12 @@ def pack_bits(values: Tensor, num_bits: int) -> Tensor:
             f"got integers from {int(values.min())} to {int(values.max())}, expected 0 to {2**num_bits - 1} "
             f"for {num_bits} bits: subtract qmin first"
         )
-    groups = F.pad(values.long(), (0, -count % 8)).view(rows, -(-count // 8), 8)
-    shifts = torch.arange(8, device=values.device)
-    words = (groups << shifts * num_bits).sum(-1, keepdim=True)
-    packed = (words >> 8 * shifts[:num_bits]) & 0xFF
-    return packed.flatten(1)[:, : packed_width(count, num_bits)].to(torch.uint8).contiguous()
+    in_word, dtype = _word(num_bits)
+    groups = F.pad(values.to(dtype), (0, -count % in_word)).view(rows, -(-count // in_word), in_word)
+    words = (groups << _shifts(groups, in_word, num_bits)).sum(-1, keepdim=True, dtype=dtype)
+    if dtype != torch.uint8:
+        words = (words >> _shifts(words, num_bits, 8)).to(torch.uint8)
+    return words.flatten(1)[:, : packed_width(count, num_bits)].contiguous()
 
 
 def unpack_bits(packed: Tensor, num_bits: int, count: int) -> Tensor:
@@ -61,8 +62,20 @@ def unpack_bits(packed: Tensor, num_bits: int, count: int) -> Tensor:
             f"for {count} integers of {num_bits} bits"
         )
     rows, width = packed.shape
-    groups = F.pad(packed.long(), (0, -width % num_bits)).view(rows, -(-width // num_bits), num_bits)
-    shifts = torch.arange(8, device=packed.device)
-    words = (groups << 8 * shifts[:num_bits]).sum(-1, keepdim=True)
-    values = (words >> num_bits * shifts) & (2**num_bits - 1)
-    return values.flatten(1)[:, :count].to(torch.int16)
+    in_word, dtype = _word(num_bits)
+    if dtype == torch.uint8:
+        words = packed.unsqueeze(-1)
+    else:
+        groups = F.pad(packed, (0, -width % num_bits)).view(rows, -(-width // num_bits), num_bits).to(dtype)
+        words = (groups << _shifts(groups, num_bits, 8)).sum(-1, keepdim=True, dtype=dtype)
+    values = (words >> _shifts(words, in_word, num_bits)).bitwise_and_(2**num_bits - 1)
+    return values.to(torch.int16).flatten(1)[:, :count]
+
+
+def _word(num_bits: int) -> tuple[int, torch.dtype]:
+    """How many integers go into a word, and its type."""
+    return (8, torch.int64) if 8 % num_bits else (8 // num_bits, torch.uint8)
+
+
+def _shifts(like: Tensor, count: int, step: int) -> Tensor:
+    return torch.arange(0, count * step, step, dtype=like.dtype, device=like.device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_oscqat.quantization.functional import (
+    Activation,
     broadcast_to_axis,
     fake_quantize,
     frozen_dtype,
@@ -160,7 +161,7 @@ class Quantizer(nn.Module):
         """
         if scale is None:
             scale, zero_point = self.scale, self.zero_point
-        return to_int(x, scale, zero_point, self.qmin, self.qmax, axis=self.axis, frozen_int=self._frozen())
+        return to_int(x, scale, zero_point, self.qmin, self.qmax, axis=self.axis, frozen_int=self.frozen_if_any)
 
     @torch.no_grad()
     def to_real(self, x_int: Tensor) -> Tensor:
@@ -179,11 +180,17 @@ class Quantizer(nn.Module):
         zero = broadcast_to_axis(self.zero_point, x.ndim, self.axis).round()
         return position + zero.clamp(self.qmin, self.qmax)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def rounds_at_random(self) -> bool:
+        """Whether a forward in the present mode draws random numbers."""
+        return self.training and self.gradient_estimator.is_random
+
+    def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
         """Fake-quantize `x`.
 
         Args:
             x: any shape; its dimension `axis` has as many entries as there are scales, where there are several.
+            activation: bounds to clamp `x` to first; see `fake_quantize`.
 
         Returns:
             Tensor shaped and typed like `x`.
@@ -197,7 +204,7 @@ class Quantizer(nn.Module):
             raise RuntimeError(
                 "this quantizer has no range yet: run hf_oscqat.calibrate(model, batches) before the model is used"
             )
-        at_nearest = self.gradient_estimator.is_random and not self.training
+        at_nearest = self.gradient_estimator.is_random and not self.rounds_at_random
         gradient_scale = lsq_gradient_scale(x, self.scale, self.qmax) if self.lsq_gradient_scaling else 1.0
         return fake_quantize(
             x,
@@ -206,9 +213,10 @@ class Quantizer(nn.Module):
             self.qmin,
             self.qmax,
             axis=self.axis,
-            frozen_int=self._frozen(),
+            frozen_int=self.frozen_if_any,
             gradient_scale=gradient_scale,
             gradient_estimator=STRAIGHT_THROUGH if at_nearest else self.gradient_estimator,
+            activation=activation,
         )
 
     def refresh(self) -> None:
@@ -229,7 +237,9 @@ class Quantizer(nn.Module):
     def _fill_scale(self, values: Tensor) -> None:
         self.scale.copy_(values)
 
-    def _frozen(self) -> Tensor | None:
+    @property
+    def frozen_if_any(self) -> Tensor | None:
+        """`frozen_int` where a weight is frozen; otherwise None, which costs no forward a look at it."""
         return self.frozen_int if self.has_frozen else None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -66,7 +66,7 @@ def forbid_merging(model: nn.Module) -> None:
     """Make the methods that merge branches raise: it must be done before quantizers are there."""
     for module in model.modules():
         for method in MERGING:
-            if callable(getattr(module, method, None)):
+            if callable(getattr(type(module), method, None)):  # an instance would search among its tensors
                 module.__dict__[method] = _refuse_to_merge
 
 

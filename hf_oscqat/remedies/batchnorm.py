@@ -5,7 +5,8 @@ describe no network that ever existed (Nagel et al., ICML 2022, sec. 3.1). Fresh
 put that right, with or without any other remedy.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 Batch = Tensor | Mapping[str, Any]
 """A batch of images `[N, 3, H, W]`, or a dict of what the model's forward takes."""
+
+_Statistics = tuple[Tensor | None, Tensor | None]
+"""Running mean and variance of a layer."""
 
 
 def forward_batch(model: nn.Module, batch: Batch) -> None:
@@ -38,14 +42,31 @@ def batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; afterwards each module is in the mode that it was in.
+
+    What was cached in between is dropped: timm's attentions cache their biases, and what was made in inference mode
+    could not be trained with.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()  # on which timm's attentions clear their caches
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch], *, total_variance: bool = False) -> None:
     """Set the running statistics of every batch-norm layer to the average over `batches`, in place.
 
-    Dropout and everything else stay in evaluation mode, the oscillation tracker sees nothing, and each module is
-    left in the mode it was in. A layer that the forward does not reach keeps its statistics. Under `torch.distributed`
-    the average is over the batches of all processes, and every process must call it. A model without batch-norm is
-    left alone and no batch is read.
+    It takes one forward for each batch, in inference mode. Dropout and everything else stay in evaluation mode, the
+    oscillation tracker sees nothing, and each module is left in the mode it was in. A layer that the forward does not
+    reach keeps its statistics. Under `torch.distributed` the average is over the batches of all processes, and every
+    process must call it. A model without batch-norm is left alone and no batch is read.
 
     Args:
         model: any model.
@@ -59,46 +80,36 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch], *, total_va
     layers = batchnorm_layers(model)
     if not layers:
         return
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [layer.momentum for layer in layers]
     counts = [None if n.num_batches_tracked is None else n.num_batches_tracked.clone() for n in layers]
     saved = [(_clone(layer.running_mean), _clone(layer.running_var)) for layer in layers]
+    results = saved
     sums = [_StatisticSums(layer, total_variance) for layer in layers]
     handles = [layer.register_forward_hook(its_sums) for layer, its_sums in zip(layers, sums, strict=True)]
     seen = 0
-    finished = False
     try:
-        model.eval()
-        for layer in layers:
-            layer.training = True
-            layer.reset_running_stats()
-            layer.momentum = 1.0  # the running statistics are those of the batch, for the hook to add up
-        for batch in batches:
-            forward_batch(model, batch)
-            seen += 1
+        with evaluation_mode(model):
+            for layer in layers:
+                layer.training = True
+                layer.reset_running_stats()
+                layer.momentum = 1.0  # the running statistics are those of the batch, for the hook to add up
+            for batch in batches:
+                # Not around the loop: what a dataset makes and keeps in there may be trained on later.
+                with torch.inference_mode():
+                    forward_batch(model, batch)
+                seen += 1
         if seen == 0:
             raise ValueError("got no batches for batch-norm re-estimation, expected at least one")
-        _sum_over_processes([part for its_sums in sums for part in its_sums.parts])
-        for layer, its_sums, (mean, var) in zip(layers, sums, saved, strict=True):
-            if not its_sums.seen:  # by a forward that goes another way, as with an auxiliary head
-                _fill(layer.running_mean, mean)
-                _fill(layer.running_var, var)
-                continue
-            for statistic, average in zip((layer.running_mean, layer.running_var), its_sums.averages(), strict=True):
-                _fill(statistic, average)
-        finished = True
+        results = _averages(sums, saved)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
-        for layer, momentum, count, (mean, var) in zip(layers, momenta, counts, saved, strict=True):
+        for layer, momentum, count, (mean, var) in zip(layers, momenta, counts, results, strict=True):
             layer.momentum = momentum
             if layer.num_batches_tracked is not None and count is not None:
                 layer.num_batches_tracked.copy_(count)
-            if not finished:
-                _fill(layer.running_mean, mean)
-                _fill(layer.running_var, var)
+            _fill(layer.running_mean, mean)
+            _fill(layer.running_var, var)
 
 
 class _StatisticSums:
@@ -113,30 +124,43 @@ class _StatisticSums:
         assert layer.running_mean is not None
         self.total_variance = total_variance
         dtype = torch.float32 if layer.running_mean.device.type == "mps" else torch.float64
-        zeros = torch.zeros_like(layer.running_mean, dtype=dtype)
-        self.weight, self.mean, self.square = zeros.new_zeros(1), zeros.clone(), zeros.clone()
-
-    @property
-    def parts(self) -> list[Tensor]:
-        return [self.weight, self.mean, self.square]
+        self.mean, self.square = (torch.zeros_like(layer.running_mean, dtype=dtype) for _ in range(2))
+        self.weight = 0
 
     def __call__(self, layer: _BatchNorm, args: tuple[Tensor, ...], output: Tensor) -> None:
         assert layer.running_mean is not None and layer.running_var is not None
-        mean, var = layer.running_mean.to(self.mean.dtype), layer.running_var.to(self.mean.dtype)
-        count = args[0].numel() // mean.numel() if self.total_variance else 1
-        self.weight += count
-        self.mean += count * mean
-        self.square += (count - 1) * var + count * mean.square() if self.total_variance else var
-
-    @property
-    def seen(self) -> bool:
-        return bool(self.weight > 0)
-
-    def averages(self) -> tuple[Tensor, Tensor]:
-        mean = self.mean / self.weight
         if self.total_variance:
-            return mean, (self.square - self.weight * mean.square()) / (self.weight - 1)
-        return mean, self.square / self.weight
+            count = args[0].numel() // self.mean.numel()
+            mean = layer.running_mean.to(self.mean.dtype)
+            self.square.addcmul_(mean, mean, value=count)
+            factor = count - 1
+        else:
+            count = factor = 1
+        self.weight += count
+        self.mean.add_(layer.running_mean, alpha=count)
+        self.square.add_(layer.running_var, alpha=factor)
+
+    def parts(self) -> list[Tensor]:
+        """What is to be summed over the processes: weight, mean and square."""
+        return [self.mean.new_tensor([self.weight]), self.mean, self.square]
+
+    def averages(self, weight: float) -> tuple[Tensor, Tensor]:
+        """Mean and variance, given the weight of all processes."""
+        mean = self.mean / weight
+        if self.total_variance:
+            return mean, (self.square - weight * mean.square()) / (weight - 1)
+        return mean, self.square / weight
+
+
+def _averages(sums: list[_StatisticSums], saved: list[_Statistics]) -> list[_Statistics]:
+    """Statistics over all processes; the saved ones where no forward came by, as at an auxiliary head."""
+    parts = [its_sums.parts() for its_sums in sums]
+    _sum_over_processes([part for of_layer in parts for part in of_layer])
+    weights = torch.cat([weight for weight, _, _ in parts]).tolist()
+    return [
+        its_sums.averages(weight) if weight else old
+        for its_sums, weight, old in zip(sums, weights, saved, strict=True)
+    ]
 
 
 def average_over_processes(layers: list[_BatchNorm]) -> None:

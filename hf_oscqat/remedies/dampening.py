@@ -7,10 +7,14 @@ start, or nothing would ever change its bin, so its weight grows along a cosine.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from hf_oscqat.quantization.functional import broadcast_to_axis, to_int
+from hf_oscqat.quantization.kernels import one_pass
 from hf_oscqat.quantization.layers import quantized_weights
 from hf_oscqat.remedies.base import Remedy
 from hf_oscqat.remedies.schedules import check_anneal_start, cosine_anneal
@@ -31,15 +35,88 @@ def dampening_loss(model: nn.Module) -> Tensor:
     Raises:
         ValueError: if the model has no quantized weight.
     """
-    terms = []
-    for weight, quantizer in quantized_weights(model):
-        centre = quantizer.to_real(quantizer.to_int(weight))
-        ends = [1] * weight.ndim
-        low = quantizer.to_real(centre.new_full(ends, quantizer.qmin))
-        high = quantizer.to_real(centre.new_full(ends, quantizer.qmax))
-        distance = torch.minimum(torch.maximum(weight, low), high) - centre
-        terms.append(distance.square().movedim(quantizer.axis, 0).flatten(1).mean(1).sum())
+    terms = [
+        _Dampening.apply(
+            weight,
+            q.scale,
+            q.zero_point,
+            q.frozen_if_any,
+            q.qmin,
+            q.qmax,
+            q.axis,
+            weight.shape[q.axis] / weight.numel(),
+        )
+        for weight, q in quantized_weights(model)
+    ]
     return torch.stack(terms).sum()
+
+
+def squared_distance(tensors: Any, parameters: Any, bounds: Any, axis: int) -> tuple[Tensor, ...]:
+    """Sum of squared distances, as a function for `one_pass`.
+
+    Args:
+        tensors: weight, frozen integers or None.
+        parameters: scale, zero-point or None.
+        bounds: qmin and qmax.
+        axis: channel dimension.
+
+    Returns:
+        The sum, 0-d.
+    """
+    return (_distance(tensors, parameters, bounds, axis)[0].square_().sum(),)
+
+
+def squared_distance_backward(tensors: Any, parameters: Any, bounds: Any, axis: int) -> tuple[Tensor, ...]:
+    """Half the gradient of `squared_distance` in the weight: the distance inside the grid, 0 outside."""
+    distance, inside = _distance(tensors, parameters, bounds, axis)
+    return (distance.mul_(inside),)
+
+
+def _distance(tensors: Any, parameters: Any, bounds: Any, axis: int) -> tuple[Tensor, Tensor]:
+    """Distance of the clipped weight to its bin's centre; and 1 where nothing was clipped, 0 elsewhere."""
+    weight, frozen_int = tensors
+    scale, zero_point = parameters
+    qmin, qmax = bounds
+    w_int = to_int(weight, scale, zero_point, qmin, qmax, axis=axis, frozen_int=frozen_int)
+    step = broadcast_to_axis(scale.to(w_int.dtype), weight.ndim, axis)
+    low, high = step * qmin, step * qmax
+    if zero_point is not None:
+        zero = broadcast_to_axis(zero_point.to(w_int.dtype), weight.ndim, axis).round().clamp(qmin, qmax)
+        w_int, low, high = w_int - zero, (qmin - zero) * step, (qmax - zero) * step
+    clipped = torch.minimum(torch.maximum(weight, low), high)
+    inside = clipped.clone().eq_(weight)
+    return clipped - w_int.mul_(step), inside
+
+
+class _Dampening(torch.autograd.Function):
+    """The dampening loss of one weight; keeps the weight and nothing else for backward."""
+
+    @staticmethod
+    def forward(
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        frozen_int: Tensor | None,
+        qmin: int,
+        qmax: int,
+        axis: int,
+        factor: float,
+    ) -> Tensor:
+        tensors, parameters = (weight, frozen_int), (scale, zero_point)
+        return one_pass(squared_distance, tensors, parameters, (qmin, qmax), axis=axis, shaped=0)[0] * factor
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, scale, zero_point, frozen_int, ctx.qmin, ctx.qmax, ctx.axis, ctx.factor = inputs
+        ctx.save_for_backward(weight, scale, zero_point, frozen_int)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, zero_point, frozen_int = ctx.saved_tensors
+        tensors, parameters = (weight, frozen_int), (scale, zero_point)
+        (half,) = one_pass(squared_distance_backward, tensors, parameters, (ctx.qmin, ctx.qmax), axis=ctx.axis)
+        return half.mul_(2 * ctx.factor * grad_output), *[None] * 7
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from hf_oscqat.remedies.base import Remedy
 from hf_oscqat.remedies.schedules import check_anneal_start, cosine_anneal
-from hf_oscqat.remedies.tracker import OscillationTracker
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,13 @@ class FreezingSettings:
 
 
 class Freezing(Remedy):
-    """Freezes at each tick by the annealed threshold."""
+    """Makes each tick freeze what oscillates above the annealed threshold."""
 
     name = "freezing"
     Settings = FreezingSettings
     settings: FreezingSettings
 
-    def threshold(self, step: int, total_steps: int) -> float:
+    def freeze_threshold(self, step: int, total_steps: int) -> float:
         """Frequency above which weights freeze at `step`; 0 until annealing begins."""
         s = self.settings
         if step < s.anneal_start * total_steps:
@@ -66,12 +65,6 @@ class Freezing(Remedy):
         final = s.threshold if s.threshold_final is None else s.threshold_final
         return cosine_anneal(step, total_steps, s.threshold, final, s.anneal_start)
 
-    def on_tick(self, tracker: OscillationTracker, step: int, total_steps: int) -> None:
-        """Freeze what oscillates above the threshold."""
-        threshold = self.threshold(step, total_steps)
-        if threshold > 0:
-            tracker.freeze(threshold, use_ema=self.settings.use_ema)
-
     def scalars(self, step: int, total_steps: int) -> dict[str, float]:
         """Return the threshold, for the log."""
-        return {"freeze_threshold": self.threshold(step, total_steps)}
+        return {"freeze_threshold": self.freeze_threshold(step, total_steps)}

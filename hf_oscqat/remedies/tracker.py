@@ -17,9 +17,54 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_oscqat.quantization.functional import frozen_dtype, is_frozen, live_sentinel
+from hf_oscqat.quantization.functional import frozen_dtype, is_frozen, live_sentinel, to_int
+from hf_oscqat.quantization.kernels import one_pass
 from hf_oscqat.quantization.layers import QuantizedLayer, quantized_layers
 from hf_oscqat.quantization.quantizer import Quantizer
+
+
+def track(tensors: Any, parameters: Any, bounds: Any, axis: int, freezes: bool, use_ema: bool) -> tuple[Tensor, ...]:
+    """One tick of one weight, as a function for `one_pass`; it writes the new state into the old.
+
+    Args:
+        tensors: latent weight; `previous_int`, `direction`, `frequency` and `mean_int`; frozen integers or None;
+            `total` and `total_by_scale`, or None; all shaped like the weight.
+        parameters: scale and zero-point, or None, of this step, and those of the step before.
+        bounds: qmin, qmax, momentum, 1 - momentum, threshold.
+        axis: channel dimension.
+        freezes: whether weights of a frequency above the threshold freeze, from the next forward on. One that was
+            frozen before and is still above it is set anew, as in the published code.
+        use_ema: whether they freeze at their rounded mean integer of the steps before; otherwise at the present one.
+
+    Returns:
+        How many weights oscillated, and how many of those because the scale moved: `(2,)`.
+    """
+    weight, previous_int, direction, frequency, mean_int, frozen_int, total, total_by_scale = tensors
+    scale, zero_point, previous_scale, previous_zero_point = parameters
+    qmin, qmax, momentum, rest, threshold = bounds
+
+    w_int = to_int(weight, scale, zero_point, qmin, qmax, axis=axis, frozen_int=frozen_int)
+    previous, last_move = previous_int.to(w_int.dtype), direction.to(w_int.dtype)
+    # Masks are numbers here, because on a CPU torch is several times slower with booleans.
+    move = (w_int - previous).sign_()
+    oscillated = (move * last_move).eq_(-1)
+    # The product in float32 also where the sum is float64, as published: with a threshold that equals the momentum,
+    # its rounding decides whether a single oscillation freezes a weight.
+    frequency.mul_(rest).add_(oscillated.float() * momentum)
+    direction.copy_(torch.addcmul(last_move, move.abs(), move - last_move))
+    # On the grid of the step before, would the weight have stayed where it was? Then the scale has moved it.
+    stayed = to_int(weight, previous_scale, previous_zero_point, qmin, qmax, axis=axis, frozen_int=frozen_int)
+    by_scale = stayed.eq_(previous).mul_(oscillated)
+    previous_int.copy_(w_int)
+    if total is not None:
+        total.add_(oscillated.to(total.dtype))
+        total_by_scale.add_(by_scale.to(total.dtype))
+    if freezes:
+        target = mean_int.round() if use_ema else w_int
+        frozen = frozen_int.to(target.dtype)
+        frozen_int.copy_(torch.addcmul(frozen, target - frozen, frequency.clone().gt_(threshold)))
+        mean_int.lerp_(w_int.to(mean_int.dtype), momentum)
+    return (torch.stack([oscillated.sum(), by_scale.sum()]).float(),)
 
 
 class OscillationState(nn.Module):
@@ -78,58 +123,62 @@ class OscillationState(nn.Module):
         self.has_previous = False
         self.has_mean = False
 
-    def observe(self, weight: Tensor, quantizer: Quantizer, momentum: float) -> None:
-        """Count one step.
+    def tick(self, weight: Tensor, quantizer: Quantizer, momentum: float, threshold: float, use_ema: bool) -> Tensor:
+        """Take one step of statistics, and freeze what oscillates too often.
 
         Args:
-            weight: the latent weight of this step's forward.
+            weight: the float weight of this step's forward.
             quantizer: its quantizer.
             momentum: EMA step in (0, 1].
+            threshold: freeze weights whose frequency exceeds it; 0 freezes nothing.
+            use_ema: see `OscillationTracker`.
+
+        Returns:
+            How many weights oscillated, and how many of those because the scale moved: `(2,)`.
         """
-        w_int = quantizer.to_int(weight).to(self.previous_int.dtype)
-        if self.has_previous:
-            move = (w_int - self.previous_int).sign().to(torch.int8)
-            oscillated = move * self.direction == -1
-            # The product in float32 also where the sum is float64, as published: with a threshold that equals the
-            # momentum, its rounding decides whether a single oscillation freezes a weight.
-            self.frequency.mul_(1 - momentum).add_(oscillated.float() * momentum)
-            self.direction.copy_(torch.where(move != 0, move, self.direction))
-            # On the grid of the step before, would the weight have stayed where it was? Then the scale has moved it.
-            stayed = quantizer.to_int(weight, scale=self.previous_scale, zero_point=self.previous_zero_point)
-            by_scale = oscillated & (stayed == self.previous_int)
-            shares = torch.stack([oscillated.float().mean(), by_scale.float().mean()])
-            self.events.lerp_(shares, momentum)
-            if self.total is not None and self.total_by_scale is not None:
-                self.total += oscillated
-                self.total_by_scale += by_scale
-        self.previous_int.copy_(w_int)
+        frozen_int = quantizer.allow_freezing(weight) if threshold > 0 else quantizer.frozen_if_any
+        if not self.has_previous or (threshold > 0 and not self.has_mean):
+            w_int = quantizer.to_int(weight)
+            if not self.has_previous:
+                self.previous_int.copy_(w_int)
+                self.remember_grid(quantizer)
+                self.has_previous = True
+            if threshold > 0 and not self.has_mean:
+                self.mean_int.copy_(w_int)
+                self.has_mean = True
+        (counts,) = one_pass(
+            track,
+            (
+                weight.detach(),
+                self.previous_int,
+                self.direction,
+                self.frequency,
+                self.mean_int,
+                frozen_int,
+                self.total,
+                self.total_by_scale,
+            ),
+            (quantizer.scale, quantizer.zero_point, self.previous_scale, self.previous_zero_point),
+            (quantizer.qmin, quantizer.qmax, momentum, 1 - momentum, threshold),
+            axis=quantizer.axis,
+            static=(threshold > 0, use_ema),
+            shaped=0,
+            in_place=True,
+            small=1 / 16,
+        )
+        self.remember_grid(quantizer)
+        return counts
+
+    def remember_grid(self, quantizer: Quantizer) -> None:
+        """Keep the quantizer's scale and zero-point for the next tick."""
         self.previous_scale.copy_(quantizer.scale)
         if self.previous_zero_point is not None and quantizer.zero_point is not None:
             self.previous_zero_point.copy_(quantizer.zero_point)
-        self.has_previous = True
 
     def count_total(self) -> None:
         """Count every oscillation of every weight from now on."""
         self.total = torch.zeros_like(self.previous_int, dtype=torch.int32)
         self.total_by_scale = torch.zeros_like(self.total)
-
-    def freeze(self, frozen_int: Tensor, threshold: float, momentum: float, *, use_ema: bool) -> None:
-        """Freeze the weights whose frequency exceeds `threshold`, each at its mean integer before this step.
-
-        A weight that was frozen before and is still above the threshold is set anew, as in the published code.
-
-        Args:
-            frozen_int: the quantizer's frozen integers, written in place.
-            threshold: oscillations per step, above 0.
-            momentum: EMA step of the mean integer, in (0, 1].
-            use_ema: freeze at the rounded mean integer; otherwise at the present one.
-        """
-        if not self.has_mean:
-            self.mean_int.copy_(self.previous_int)
-            self.has_mean = True
-        target = self.mean_int.round().to(frozen_int.dtype) if use_ema else self.previous_int
-        frozen_int.copy_(torch.where(self.frequency > threshold, target, frozen_int))
-        self.mean_int.lerp_(self.previous_int.to(self.mean_int.dtype), momentum)
 
     def refresh(self) -> None:
         """Read the plain attributes anew from the buffers; called after something else has filled them."""
@@ -207,27 +256,16 @@ class OscillationTracker:
         Args:
             threshold: freeze weights whose frequency exceeds it, from the next forward on; 0 freezes nothing.
         """
+        counts, events = [], []
         for layer in self.layers.values():
-            assert layer.weight_quantizer is not None
-            oscillation_state(layer).observe(layer.float_weight, layer.weight_quantizer, self.momentum)
-        if threshold > 0:
-            self.freeze(threshold)
-
-    def freeze(self, threshold: float, *, use_ema: bool | None = None) -> None:
-        """Freeze every tracked weight whose frequency exceeds `threshold`; the second half of a tick.
-
-        Args:
-            threshold: oscillations per step, above 0.
-            use_ema: freeze at the rounded mean integer or at the present one; None takes the tracker's own choice.
-        """
-        use_ema = self.use_ema if use_ema is None else use_ema
-        for layer in self.layers.values():
-            quantizer = layer.weight_quantizer
+            quantizer, state = layer.weight_quantizer, oscillation_state(layer)
             assert quantizer is not None
-            oscillation_state(layer).freeze(
-                quantizer.allow_freezing(layer.latent_weight), threshold, self.momentum, use_ema=use_ema
-            )
-            quantizer.has_frozen = True
+            count = state.tick(layer.float_weight, quantizer, self.momentum, threshold, self.use_ema)
+            counts.append(count / layer.latent_weight.numel())
+            events.append(state.events)
+            quantizer.has_frozen |= threshold > 0
+        if events:
+            torch._foreach_lerp_(events, counts, self.momentum)
 
     @property
     def num_weights(self) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hf_oscqat.config import OscQATConfig
 from hf_oscqat.prepare import prepare_qat
 from hf_oscqat.quantization.layers import quantized_layers
+from hf_oscqat.remedies.base import take_tick
 from hf_oscqat.remedies.tracker import OscillationTracker, oscillation_state
 from hf_oscqat.report.pictures import AFTER, BEFORE, OSCILLATING, tidy
 from hf_oscqat.studies.base import Study, StudyResult
@@ -94,7 +95,7 @@ def _regress(config: OscQATConfig, settings: ToySettings) -> ToyRun:
     quantizer.set_range(torch.ones(1))
     with torch.no_grad():
         layer.latent_weight.copy_(targets[:, None])
-    tracker = OscillationTracker(model, momentum=config.momentum, count_total=True)
+    tracker = OscillationTracker(model, config.momentum, use_ema=config.use_ema, count_total=True)
     remedies = config.remedies()
     optimizer = torch.optim.SGD([layer.latent_weight], lr=settings.learning_rate)
     latent, quantized = [], []
@@ -111,9 +112,7 @@ def _regress(config: OscQATConfig, settings: ToySettings) -> ToyRun:
         loss.backward()
         latent.append(layer.latent_weight.detach()[:, 0].clone())
         quantized.append(quantizer.to_int(layer.latent_weight)[:, 0])
-        tracker.tick()
-        for remedy in remedies:
-            remedy.on_tick(tracker, step, settings.steps)
+        take_tick(tracker, remedies, step, settings.steps)
         optimizer.step()
     frequency = (_total(layer) - before) / (settings.steps - measured_from)
     return ToyRun(targets, frequency, torch.stack(latent), torch.stack(quantized))

@@ -579,3 +579,60 @@ def test_arguments_parse_from_the_command_line():
     assert args == data.DataArguments(
         dataset_name="digits", train_scale=[0.5, 1.0], no_aug=True, img_size=32, train_val_split=0.1
     )
+
+
+# -------------------------------------------------------------------------------------------------------------- speed
+
+
+@pytest.mark.parametrize("kind", ["folder", "saved"])
+def test_cached_images_are_decoded_once_and_are_the_same(tmp_path, kind, monkeypatch):
+    place = {"validation_dir": write_folder(tmp_path / "pets")}
+    if kind == "saved":
+        place = {"dataset_name": save(tmp_path / "saved", train=make_table([0, 1]), test=make_table([0, 1, 1, 0]))}
+    plain = load(**place, need_train=kind == "saved")
+    decoded = []
+    original = data._decode
+    monkeypatch.setattr(data, "_decode", lambda file: decoded.append(1) or original(file))
+    cached = load(**place, need_train=kind == "saved", cache_images=True)
+    for before, after in ((plain.validation, cached.validation), (plain.train, cached.train)):
+        if before is not None:
+            assert values(after) == values(before) == values(after)
+            assert np.array_equal(after.labels, before.labels)
+    assert len(decoded) == len(cached.validation) + len(cached.train or ()) + len(plain.validation) + len(
+        plain.train or ()
+    )
+    assert cached.validation.source.describe(0) == plain.validation.source.describe(0)
+    assert cached.class_names == plain.class_names
+
+
+def test_cached_subset_holds_its_own_images_only(tmp_path):
+    cached = load(
+        validation_dir=write_folder(tmp_path / "pets"), need_train=False, cache_images=True, max_eval_samples=3
+    )
+    assert len(cached.validation.source.images) == len(cached.validation) == 3
+
+
+def test_image_that_cannot_be_cached_is_named(tmp_path):
+    folder = write_folder(tmp_path / "pets")
+    (tmp_path / "pets" / "cat" / "0.png").write_bytes(b"no image")
+    with pytest.raises(data.BadImageError, match=r"Cannot decode .*cat.0\.png"):
+        load(validation_dir=folder, need_train=False, cache_images=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # CPython 3.12 and later
+@pytest.mark.parametrize(("workers", "batch_size", "timed"), [(0, 5, 10), (1, 8, 8), (2, 3, 12)])
+def test_speed_is_that_of_whole_rounds_of_batches_after_a_first_one(monkeypatch, workers, batch_size, timed):
+    images = load(dataset_name="digits", max_train_samples=11).train  # fewer than it takes: they come again
+    images.transform, _ = transforms()
+    clock = iter([10.0, 14.0])
+    monkeypatch.setattr(data.time, "perf_counter", lambda: next(clock))
+    speed = data.loading_speed(images, batch_size=batch_size, num_workers=workers, min_images=8)
+    assert speed == timed / 4
+
+
+def test_speed_leaves_torchs_generator_as_it_was():
+    images = load(dataset_name="digits", max_train_samples=11).train
+    _, images.transform = transforms()
+    state = torch.get_rng_state()
+    assert data.loading_speed(images, batch_size=4, num_workers=0, min_images=4) > 0
+    assert torch.equal(torch.get_rng_state(), state)

@@ -54,6 +54,54 @@ def test_the_models_mode_is_restored():
     assert model.training
 
 
+class Classifier(nn.Module):
+    """Linear, with dropout and batch-norm in modes of their own; notes how it is run."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6).eval(), nn.Dropout())
+        self.seen = []
+
+    def forward(self, pixel_values):
+        logits = self.layers(pixel_values)
+        self.seen.append((logits.dtype, torch.is_inference_mode_enabled(), self.layers[2].training))
+        return SimpleNamespace(logits=logits)
+
+
+class Remembered(torch.utils.data.Dataset):
+    """Keeps the images that it makes."""
+
+    def __init__(self):
+        self.images = {}
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return self.images.setdefault(index, torch.rand(4)), LABELS[index]
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_model_runs_in_inference_mode_and_in_the_precision_asked_for(autocast):
+    model = Classifier()
+    evaluate_accuracy(
+        model, Remembered(), batch_size=2, collate=collate, cpu=True, autocast=autocast, show_progress=False
+    )
+    assert model.seen == [(autocast or torch.float32, True, False)] * 2
+
+
+def test_model_and_data_can_be_trained_on_afterwards():
+    model, dataset = Classifier(), Remembered()
+    evaluate_accuracy(model, dataset, batch_size=2, collate=collate, cpu=True, show_progress=False)
+    assert [module.training for module in model.layers] == [True, False, True]
+    batch = collate([dataset[i] for i in range(3)])
+    nn.functional.cross_entropy(model(batch["pixel_values"]).logits, batch["labels"]).backward()
+    before = model.layers[0].weight.detach().clone()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not torch.equal(model.layers[0].weight, before)
+    assert not any(t.is_inference() for t in (*model.parameters(), *model.buffers(), *dataset.images.values()))
+
+
 def test_an_empty_dataset_is_refused():
     with pytest.raises(ValueError, match="empty dataset"):
         evaluate_accuracy(Answers(), [], batch_size=2, collate=collate, cpu=True)

@@ -5,13 +5,21 @@ import json
 import logging
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    TimmWrapperForImageClassification,
+)
 
 from hf_oscqat import (
     CheckpointError,
@@ -23,7 +31,7 @@ from hf_oscqat import (
     calibrate,
     pack,
 )
-from hf_oscqat.checkpoint import digest
+from hf_oscqat.checkpoint import digest, packed_layers
 from hf_oscqat.integration.modeling import check_all_loaded
 from hf_oscqat.integration.register import register
 from hf_oscqat.quantization.layers import quantized_layers, quantizers
@@ -98,6 +106,22 @@ class TestPacked:
         assert type(model) is OscQATTimmForImageClassification
         assert torch.equal(logits(model, pixel_values), logits(packed, pixel_values))
 
+    @pytest.mark.parametrize("loader", [AutoModelForImageClassification, AutoModel])
+    def test_kept_packed_it_holds_no_weight_and_computes_the_same(self, packed_dir, pixel_values, loader):
+        model, kept = (loader.from_pretrained(packed_dir).eval() for _ in range(2))
+        assert kept.keep_packed() is kept
+        with torch.no_grad():
+            assert torch.equal(kept(pixel_values)[0], model(pixel_values)[0])
+        assert all(layer._unpacked is None for layer in packed_layers(kept).values())
+        assert all(layer._unpacked is not None for layer in packed_layers(model).values())
+
+    def test_model_that_is_made_and_not_loaded_has_the_random_weights_of_timm(self, packed_dir):
+        model, expected = [], []
+        for cls, found in ((OscQATTimmForImageClassification, model), (TimmWrapperForImageClassification, expected)):
+            torch.manual_seed(0)
+            found.extend(cls(AutoConfig.from_pretrained(packed_dir)).parameters())
+        assert all(torch.equal(one, other) for one, other in zip(model, expected, strict=True))
+
     def test_model_without_head_has_equal_features(self, packed, packed_dir, pixel_values):
         model = AutoModel.from_pretrained(packed_dir).eval()
         assert type(model) is OscQATTimmModel
@@ -154,6 +178,7 @@ class TestPacked:
         assert config.architecture == "test_efficientnet"
         assert config.num_labels == 5
         assert load(packed_dir).config.quantization_config.layers[STEM]["weight"]["bits"] == 8
+        assert repr(config) == "OscQATTimmConfig(architecture='test_efficientnet')"
 
     def test_image_processor_is_found(self, packed_dir):
         pixels = AutoImageProcessor.from_pretrained(packed_dir)(
@@ -193,6 +218,23 @@ class TestPacked:
     def test_registering_again_changes_nothing(self, packed_dir):
         register()
         assert type(load(packed_dir)) is OscQATTimmForImageClassification
+
+
+def test_importing_the_package_is_enough_for_the_auto_classes(packed, packed_dir, pixel_values, tmp_path):
+    save_file({"pixel_values": pixel_values}, tmp_path / "pixels.safetensors")
+    program = """
+import sys
+import hf_oscqat
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
+
+assert "hf_oscqat.integration.trainer" not in sys.modules, "Trainer is imported when it is asked for"
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1])
+assert isinstance(model, hf_oscqat.OscQATTimmForImageClassification)
+save_file({"logits": model(load_file(sys.argv[2])["pixel_values"]).logits}, sys.argv[2])
+"""
+    subprocess.run([sys.executable, "-c", program, packed_dir, tmp_path / "pixels.safetensors"], check=True)
+    torch.testing.assert_close(load_file(tmp_path / "pixels.safetensors")["logits"], logits(packed, pixel_values))
 
 
 class TestSize:

@@ -86,6 +86,7 @@ with torch.no_grad():
     report["corrupted"] = error_of(lambda: load(bad, trust_remote_code=True))
     model = load(good, trust_remote_code=True)
     report["logits"] = model(x).logits.tolist()
+    report["kept_packed"] = model.keep_packed()(x).logits.tolist()
     features = AutoModel.from_pretrained(good, trust_remote_code=True)(x).last_hidden_state
     report["features"] = features.double().sum().item()
     model.save_pretrained(again)
@@ -157,6 +158,9 @@ class TestWithoutThePackage:
         _, model, report = published
         with torch.no_grad():
             torch.testing.assert_close(torch.tensor(report["logits"]), model(pixel_values).logits, rtol=0, atol=1e-6)
+
+    def test_kept_packed_logits_are_the_same(self, published):
+        assert published[2]["kept_packed"] == published[2]["logits"]
 
     def test_features_of_the_headless_model_are_equal(self, published, pixel_values):
         _, model, report = published

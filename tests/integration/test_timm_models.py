@@ -4,7 +4,9 @@ Small, with random weights. `training/benchmarks/timm_sweep.py` does the same fo
 """
 
 import pytest
+import timm
 import torch
+from timm.layers import set_fused_attn
 from transformers import AutoModelForImageClassification
 
 from hf_oscqat import (
@@ -42,9 +44,6 @@ ARCHITECTURES = {
     "levit_128s": (224, {}, {}),
 }  # fmt: skip
 
-NOT_SAVED = {"coat_tiny"}
-"""Transformers does not save models that share modules, float ones neither."""
-
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_whole_path(name, tmp_path):
@@ -80,10 +79,6 @@ def test_whole_path(name, tmp_path):
     with torch.no_grad():
         logits = model(images).logits
         assert torch.equal(packed(images).logits, logits)
-    if name in NOT_SAVED:
-        with pytest.raises(RuntimeError, match="shared tensors"):
-            packed.save_pretrained(tmp_path)
-        return
     for form, saved in (("training", model), ("packed", packed)):
         saved.save_pretrained(tmp_path / form)
         loaded = AutoModelForImageClassification.from_pretrained(tmp_path / form).eval()
@@ -92,3 +87,30 @@ def test_whole_path(name, tmp_path):
     assert {row.name: row.weight_bits for row in describe(loaded)} == {
         row.name: row.weight_bits for row in describe(model)
     }
+
+
+@pytest.fixture
+def _fused_attention_as_before():
+    yield
+    set_fused_attn(True)
+
+
+@pytest.mark.usefixtures("_fused_attention_as_before")
+def test_attention_multiplies_in_float_fused_or_not():
+    """Only layers are quantized, so what softmax gives to the values is on no grid of 4 bits."""
+    images = torch.randn(2, 3, 160, 160)
+    rows, probabilities = [], []
+    for fused in (True, False):
+        set_fused_attn(fused)
+        model = timm.create_model("test_vit").eval()
+        attention = model.blocks[0].attn
+        assert attention.fused_attn is fused
+        prepare_qat(model, OscQATConfig(activation_scheme="asymmetric", range_estimator="minmax"))
+        calibrate(model, [images])
+        attention.attn_drop.register_forward_pre_hook(lambda _, inputs: probabilities.append(inputs[0]))
+        with torch.no_grad():
+            model(images)
+        rows.append(describe(model))
+    assert rows[0] == rows[1]
+    assert len(probabilities) == 1
+    assert probabilities[0].unique().numel() > 1000

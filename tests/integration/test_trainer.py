@@ -81,7 +81,7 @@ def test_tick_is_taken_once_per_optimizer_step_and_not_by_evaluation(make_traine
     trainer = make_trainer(gradient_accumulation_steps=2, max_steps=2, eval_strategy="steps", eval_steps=1)
     ticks = []
     original = trainer.tracker.tick
-    monkeypatch.setattr(trainer.tracker, "tick", lambda: (ticks.append(trainer.step), original()))
+    monkeypatch.setattr(trainer.tracker, "tick", lambda threshold: (ticks.append(trainer.step), original(threshold)))
     trainer.train()
     before = {name: tensor.clone() for name, tensor in trainer.tracker.state_dict().items()}
     trainer.evaluate()
@@ -162,6 +162,35 @@ def test_evaluation_uses_reestimated_statistics_and_draws_nothing(make_trainer):
         torch.testing.assert_close(ours.running_var, wanted.running_var)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_evaluation_is_in_inference_mode_and_the_precision_of_training_and_training_goes_on(make_trainer, bf16):
+    trainer = make_trainer({"freezing": FREEZING}, bf16=bf16, max_steps=2, eval_strategy="steps", eval_steps=1)
+    seen = []
+    stem = trainer.model.timm_model.conv_stem
+    stem.register_forward_hook(lambda layer, args, output: seen.append((output.dtype, output.is_inference())))
+    precision = torch.bfloat16 if bf16 else torch.float32
+    trainer.evaluate()
+    assert set(seen) == {(precision, True)}
+    assert not trainer.model.training
+    trainer.train()
+    assert set(seen) == {(precision, True), (precision, False)}
+    assert len(logged(trainer)) == 2
+    attributes = [value for module in trainer.model.modules() for value in vars(module).values()]
+    tensors = [*trainer.model.state_dict().values(), *(v for v in attributes if isinstance(v, torch.Tensor))]
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
+def test_images_may_arrive_as_bytes(make_trainer):
+    trainer = make_trainer()
+    trainer.model.config.pretrained_cfg = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    images = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)
+    inputs = {"pixel_values": images, "labels": torch.zeros(2, dtype=torch.int64)}
+    assert torch.equal(trainer._prepare_inputs(dict(inputs))["pixel_values"], torch.full((2, 3, 32, 32), 2.0))
+    as_floats = inputs | {"pixel_values": torch.full((2, 3, 32, 32), 2.0)}
+    losses = [trainer.prediction_step(trainer.model, batch, False)[0] for batch in (inputs, as_floats)]
+    assert torch.equal(*losses)
+
+
 def test_reestimation_can_be_turned_off(make_trainer):
     trainer = make_trainer({"batchnorm_reestimation_batches": 0})
     before = [layer.running_mean.clone() for layer in batchnorm_layers(trainer.model)]
@@ -230,12 +259,9 @@ def test_compiled_training_loses_what_eager_training_loses(make_trainer):
     assert compiled.tracker.frozen_fraction > 0
 
 
-def test_choice_of_the_frozen_integer_reaches_the_tracker(make_trainer, monkeypatch):
-    trainer = make_trainer({"freezing": {**FREEZING, "use_ema": False}}, max_steps=2)
-    choices = []
-    monkeypatch.setattr(trainer.tracker, "freeze", lambda threshold, use_ema: choices.append(use_ema))
-    trainer.train()
-    assert choices == [False, False]
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_choice_of_the_frozen_integer_reaches_the_tracker(make_trainer, use_ema):
+    assert make_trainer({"freezing": {**FREEZING, "use_ema": use_ema}}).tracker.use_ema is use_ema
 
 
 def test_first_and_last_step_are_logged_however_rarely_it_logs(make_trainer):

@@ -313,3 +313,96 @@ def test_broadcast_is_a_view():
     view = broadcast_to_axis(scale, 4, 1)
     assert view.shape == (1, 3, 1, 1)
     assert view.data_ptr() == scale.data_ptr()
+
+
+class TestSurrogate:
+    """Rounding as u plus a constant: a smooth function that has, where it was linearised, the gradients we define."""
+
+    @pytest.mark.parametrize("activation", [None, (0.0, 1.5)])
+    @pytest.mark.parametrize("asymmetric", [False, True])
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_gradients_are_its_gradients(self, channels, asymmetric, activation):
+        generator = torch.Generator().manual_seed(5)
+        x = torch.randn(3, 40, generator=generator, dtype=torch.float64).requires_grad_()
+        scale = (torch.rand(channels, generator=generator, dtype=torch.float64) * 0.2 + 0.1).requires_grad_()
+        zero_point = torch.full((channels,), 6.2, dtype=torch.float64, requires_grad=True) if asymmetric else None
+        qmin, qmax = (0, 15) if asymmetric else (-8, 7)
+        with torch.no_grad():
+            shown = x if activation is None else x.clamp(*activation)
+            u = shown / scale.view(-1, 1)
+            rounding = u.round() - u
+            zero_rounding = zero_point.round() - zero_point if asymmetric else None
+            position = u.round() + (zero_point.round().view(-1, 1) if asymmetric else 0)
+            clamped = position.clamp(qmin, qmax)
+
+        def surrogate(x, scale, zero_point):
+            shown = x if activation is None else x.clamp(*activation)
+            z = 0 if zero_point is None else (zero_point + zero_rounding).view(-1, 1)
+            inside = shown / scale.view(-1, 1) + rounding + z
+            return scale.view(-1, 1) * (torch.where(position == clamped, inside, clamped) - z)
+
+        inputs = [t for t in (x, scale, zero_point) if t is not None]
+        weights = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+        def ours(*inputs):
+            zero_point = inputs[2] if asymmetric else None
+            return fake_quantize(inputs[0], inputs[1], zero_point, qmin, qmax, activation=activation)
+
+        assert torch.autograd.gradcheck(lambda *i: surrogate(*i, *[None] * (3 - len(i))), inputs)
+        expected = torch.autograd.grad((surrogate(*inputs, *[None] * (3 - len(inputs))) * weights).sum(), inputs)
+        grads = torch.autograd.grad((ours(*inputs) * weights).sum(), inputs)
+        assert all(bool((g != 0).any()) for g in grads)
+        for grad, wanted in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-12)
+
+
+class TestTransforms:
+    def loss(self, x, scale):
+        return fake_quantize(x, scale, None, -8, 7).square().sum()
+
+    def test_grad_is_that_of_autograd(self):
+        x, scale = torch.randn(4, 5).requires_grad_(), torch.tensor([0.1]).requires_grad_()
+        expected = torch.autograd.grad(self.loss(x, scale), (x, scale))
+        found = torch.func.grad(self.loss, argnums=(0, 1))(x.detach(), scale.detach())
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+
+    @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+    def test_vmap_is_a_loop(self):
+        x, scale = torch.randn(4, 5), torch.tensor([0.1])
+        assert torch.equal(
+            torch.func.vmap(lambda row: fake_quantize(row, scale, None, -8, 7))(x),
+            torch.stack([fake_quantize(row, scale, None, -8, 7) for row in x]),
+        )
+        torch.testing.assert_close(
+            torch.func.vmap(torch.func.grad(self.loss), in_dims=(0, None))(x, scale),
+            torch.stack([torch.func.grad(self.loss)(row, scale) for row in x]),
+        )
+
+    def test_export_and_compile_trace_it(self):
+        class Module(torch.nn.Module):
+            def forward(self, x):
+                return fake_quantize(x, torch.tensor([0.1]), None, -8, 7)
+
+        x = torch.randn(4, 5)
+        assert torch.equal(torch.export.export(Module(), (x,)).module()(x), Module()(x))
+        explained = torch._dynamo.explain(Module())(x)
+        assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_is_rounded_in_float32(self, dtype):
+        # In bfloat16 the quotient would have 8 bits, and neighbouring integers near 250 would be one.
+        x = torch.arange(0, 25, 0.125).to(dtype)
+        y = fake_quantize(x, torch.tensor([0.1]), None, 0, 255)
+        assert y.dtype == dtype
+        assert torch.equal(y, fake_quantize(x.float(), torch.tensor([0.1]), None, 0, 255).to(dtype))
+
+
+def test_activation_is_that_of_the_module_before():
+    x = (torch.randn(1000) * 4).requires_grad_()
+    other = x.detach().clone().requires_grad_()
+    scale = torch.tensor([0.45])  # 15 steps reach beyond 6
+    fake_quantize(x, scale, None, 0, 15, activation=(0.0, 6.0)).square().sum().backward()
+    fake_quantize(torch.nn.functional.relu6(other), scale, None, 0, 15).square().sum().backward()
+    assert torch.equal(x.grad, other.grad)
+    assert bool((x.grad[(x > 0) & (x < 6)] != 0).any())

@@ -1,5 +1,6 @@
 """Layers in training form: their class, names and forward stay; only the weight and the input are quantized."""
 
+import contextlib
 import copy
 import pickle
 
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_oscqat import OscQATConfig, prepare_qat
+from hf_oscqat import OscillationTracker, OscQATConfig, prepare_qat
+from hf_oscqat.quantization.gradient_estimators import StochasticRounding
 from hf_oscqat.quantization.layers import QuantizedLayer, quantize_layer, quantized_layers, quantizers
 from hf_oscqat.quantization.quantizer import Quantizer
 
@@ -214,3 +216,99 @@ def test_layers_and_quantizers_are_listed_by_module_name(make_prepared):
         "head.weight_quantizer",
         "head.input_quantizer",
     ]
+
+
+def kept_bytes(run):
+    """Bytes that autograd keeps for backward, each storage once, parameters and buffers of the model apart."""
+    storages = {}
+
+    def keep(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = run()
+    assert outputs.requires_grad
+    return storages
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"), LAYERS, ids=lambda part: str(part()).split("(")[0] if callable(part) else ""
+)
+def test_backward_keeps_the_input_and_not_its_quantized_form_besides(make, shape, monkeypatch):
+    layer = quantize(make())
+    x = torch.randn(shape, requires_grad=True)
+    values = x * 1  # what came out of the layer before
+    again = 0
+    rounded = layer.input_quantizer.forward
+
+    def counted(*args):
+        nonlocal again
+        again += torch.is_grad_enabled() is False
+        return rounded(*args)
+
+    monkeypatch.setattr(layer.input_quantizer, "forward", counted)
+    y = layer(values)
+    assert again == 0
+    y.square().sum().backward()
+    # Conv2dSame pads what it gets, and autograd keeps the padded copy.
+    assert again == (0 if isinstance(layer, timm.layers.Conv2dSame) else 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"), LAYERS, ids=lambda part: str(part()).split("(")[0] if callable(part) else ""
+)
+def test_gradients_are_those_of_keeping_both(make, shape, monkeypatch):
+    layer = quantize(make())
+    both = copy.deepcopy(layer)
+    monkeypatch.setattr(both, "_keeping", lambda input, quantized: contextlib.nullcontext())
+    x = torch.randn(shape)
+    grads = []
+    for each in (layer, both):
+        own = x.clone().requires_grad_()
+        each(own * 1).square().sum().backward()
+        grads.append([own.grad, *(p.grad for p in each.parameters())])
+    for ours, theirs in zip(*grads, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_block_keeps_little_more_than_the_float_block():
+    def block():
+        torch.manual_seed(0)
+        return timm.create_model("mobilenetv2_100").blocks[1]
+
+    images = torch.randn(8, 16, 24, 24)
+    plain, quantized = block(), timm.create_model("mobilenetv2_100")
+    prepare_qat(quantized, OscQATConfig())
+    for _, q in quantizers(quantized):
+        q.set_range(torch.full((1,), 0.05), **({"signed": False} if q.signed is not None else {}))
+    kept = {}
+    for name, each in (("float", plain), ("quantized", quantized.blocks[1])):
+        own = {t.untyped_storage().data_ptr() for t in [*each.parameters(), *each.buffers()]}
+        storages = kept_bytes(lambda each=each: each.train()(images.clone().requires_grad_()))
+        kept[name] = sum(size for pointer, size in storages.items() if pointer not in own)
+    assert 0.5 < kept["quantized"] / kept["float"] <= 1.05
+
+
+def test_random_rounding_is_not_done_again():
+    layer = quantize(nn.Linear(6, 4))
+    layer.input_quantizer.gradient_estimator = StochasticRounding()
+    x = torch.randn(3, 6, requires_grad=True)
+    y = layer(x)
+    state = torch.get_rng_state()
+    y.sum().backward()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_model_is_one_graph_for_the_compiler(make_prepared, images):
+    torch._dynamo.reset()
+    model = make_prepared(activation_scheme="asymmetric", weight_granularity="per_channel").train()
+    OscillationTracker(model, momentum=1.0).tick(0.5)
+    explained = torch._dynamo.explain(model)(images)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+def test_model_can_be_exported(make_prepared, images):
+    model = make_prepared().eval()
+    exported = torch.export.export(model, (images,)).module()
+    assert torch.equal(exported(images), model(images))

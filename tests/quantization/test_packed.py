@@ -2,12 +2,13 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from hf_oscqat import OscQATConfig, calibrate, pack, prepare_qat
+from hf_oscqat import OscQATConfig, calibrate, fake_quantize, pack, prepare_qat
 from hf_oscqat.quantization.functional import output_axis
 from hf_oscqat.quantization.packed import (
     FormatError,
@@ -15,6 +16,7 @@ from hf_oscqat.quantization.packed import (
     LayerFormat,
     PackedLayer,
     fill_packed,
+    keep_packed,
     make_packed,
     quantizer_tensors,
 )
@@ -168,6 +170,235 @@ def test_compiled_packed_model_equals_eager():
     model, x = trained("conv2d", weight_granularity="per_channel", activation_scheme="asymmetric")
     packed = pack(model)
     assert torch.equal(torch.compile(packed, fullgraph=True, backend="aot_eager")(x), packed(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_inputs_are_rounded_as_by_fake_quantize(dtype, scheme, bits):
+    layer = pack(trained(activation_scheme=scheme, overrides={"0": {"activation_bits": bits}})[0])[0]
+    on_thresholds = (torch.arange(-300, 300) + 0.5) * layer.input_scale
+    extremes = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e30, -1e30, 0.0, -0.0])
+    x = torch.cat([on_thresholds, extremes, torch.randn(1000) * 100 * layer.input_scale]).to(dtype)
+    before = x.clone()
+    grid = layer.format.input
+    expected = fake_quantize(x, layer.input_scale, layer.input_zero_point, grid.qmin, grid.qmax)
+    for given in (x, x.clone().requires_grad_()):
+        rounded = layer._quantized(given)
+        assert rounded.dtype == dtype
+        torch.testing.assert_close(rounded.detach(), expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_input_that_requires_a_gradient_gets_one():
+    model, x = trained("conv2d")
+    packed = pack(model)
+    packed(x.requires_grad_()).square().sum().backward()
+    grad, x.grad = x.grad, None
+    model(x).square().sum().backward()
+    torch.testing.assert_close(grad, x.grad)
+
+
+@pytest.fixture
+def unpacked(monkeypatch):
+    """The packed tensors that were unpacked, one entry a time."""
+    seen = []
+
+    def counting(packed, *args):
+        seen.append(packed)
+        return unpack_bits(packed, *args)
+
+    monkeypatch.setattr("hf_oscqat.quantization.packed.unpack_bits", counting)
+    return seen
+
+
+def test_weight_is_unpacked_once(unpacked):
+    model, x = trained("conv2d")
+    packed = pack(model)
+    assert torch.equal(packed(x), packed(x))
+    assert len(unpacked) == 1
+
+
+def test_kept_packed_it_is_unpacked_each_time_and_computes_the_same(unpacked):
+    model, x = trained("conv2d")
+    packed = pack(model)
+    expected = packed(x)
+    held = weakref.ref(packed[0].weight)
+    keep_packed(packed)
+    assert held() is None
+    assert torch.equal(packed(x), expected)
+    assert torch.equal(packed(x), expected)
+    assert len(unpacked) == 3
+    keep_packed(packed, False)
+    assert torch.equal(packed(x), packed(x))
+    assert len(unpacked) == 4
+
+
+def test_model_without_packed_layers_has_nothing_to_keep_packed():
+    with pytest.raises(ValueError, match="got a model without packed layers"):
+        keep_packed(nn.Sequential(nn.Linear(2, 2)))
+
+
+def write_integers(layer):
+    layer.weight_packed.fill_(0x37)
+
+
+def write_scale(layer):
+    layer.weight_scale.mul_(2)
+
+
+def write_zero_point(layer):
+    layer.weight_zero_point.add_(1)
+
+
+def write_through_the_state_dict(layer):
+    layer.state_dict()["weight_packed"].fill_(0x37)
+
+
+def load(layer):
+    layer.load_state_dict({name: tensor.flip(0) for name, tensor in layer.state_dict().items()})
+
+
+def load_by_assignment(layer):
+    layer.load_state_dict({name: tensor.flip(0) for name, tensor in layer.state_dict().items()}, assign=True)
+
+
+def replace(layer):
+    layer.weight_scale = layer.weight_scale * 2
+
+
+def fill(layer):
+    fill_packed(layer, {"weight_int": torch.ones(layer.format.weight.shape)})
+
+
+CHANGES = [
+    write_integers,
+    write_scale,
+    write_zero_point,
+    write_through_the_state_dict,
+    load,
+    load_by_assignment,
+    replace,
+    fill,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("in_inference_mode", [False, True])
+def test_weight_follows_whatever_changes_its_tensors(change, in_inference_mode):
+    layer = pack(trained("conv2d", weight_granularity="per_channel", weight_scheme="asymmetric")[0])[0]
+    with torch.inference_mode(in_inference_mode):
+        before = layer.weight.clone()
+        change(layer)
+        after = layer.weight
+    assert not torch.equal(after, before)
+    keep_packed(layer)
+    assert torch.equal(layer.weight, after)
+
+
+def test_writing_into_the_unpacked_weight_spoils_nothing():
+    model, x = trained()
+    packed = pack(model)
+    packed[0].weight.zero_()
+    assert torch.equal(packed(x), model(x))
+
+
+def test_unpacked_weight_is_in_no_state_dict_and_in_no_pickle():
+    model, x = trained()
+    packed = pack(model)
+    state, pickled = packed.state_dict(), pickle.dumps(packed)
+    packed(x)
+    assert packed.state_dict().keys() == state.keys()
+    assert len(pickle.dumps(packed)) == len(pickled)
+    assert len(list(packed.buffers())) == len([name for name in state if name != "0.bias"])
+
+
+def test_copy_of_a_model_that_has_run_is_independent():
+    model, x = trained()
+    packed = pack(model)
+    expected = packed(x)
+    again = copy.deepcopy(packed)
+    again[0].weight_packed.zero_()
+    assert not torch.equal(again(x), expected)
+    assert torch.equal(packed(x), expected)
+
+
+def test_choice_to_keep_packed_goes_with_a_copy(unpacked):
+    model, x = trained()
+    packed = pack(model)
+    keep_packed(packed)
+    again = copy.deepcopy(packed)
+    again(x), again(x)
+    assert len(unpacked) == 2
+
+
+def test_weight_unpacked_in_inference_mode_serves_gradients_of_the_input_later():
+    model, x = trained("conv2d", overrides={"0": {"activation_bits": None}})
+    packed = pack(model)
+    with torch.inference_mode():
+        packed(x)
+    x.requires_grad_()
+    packed(x).square().sum().backward()
+    grad, x.grad = x.grad, None
+    model(x).square().sum().backward()
+    torch.testing.assert_close(grad, x.grad)
+
+
+def test_gradient_of_a_scale_is_not_lost_in_what_is_kept():
+    layer = pack(trained()[0])[0]
+    layer.weight_scale.requires_grad_()
+    for _ in range(2):
+        layer.weight_scale.grad = None
+        layer.weight.sum().backward()
+        torch.testing.assert_close(layer.weight_scale.grad, (layer.weight / layer.weight_scale).sum()[None].detach())
+
+
+def test_tensors_of_inference_mode_which_count_no_writes_are_unpacked_each_time():
+    model, x = trained()
+    with torch.inference_mode():
+        packed = pack(model)
+        assert packed[0].weight_packed.is_inference()
+        assert torch.equal(packed(x), model(x))
+        packed[0].weight_packed.fill_(0x88)
+        assert not packed[0].weight.any()
+
+
+def test_layout_of_the_weight_follows_that_of_the_model():
+    model, _ = trained("conv2d")
+    packed = pack(model)
+    expected = packed[0].weight.clone()
+    packed.to(memory_format=torch.channels_last).double().float()
+    assert packed[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(packed[0].weight, expected)
+    assert copy.deepcopy(packed)[0].weight.is_contiguous(memory_format=torch.channels_last)
+    packed.to(memory_format=torch.contiguous_format)
+    assert packed[0].weight.is_contiguous()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_weight_is_contiguous_like_that_of_a_float_layer(name):
+    assert pack(trained(name)[0])[0].weight.is_contiguous()
+
+
+def test_compiled_model_follows_integers_that_change_after_it_has_run():
+    torch._dynamo.reset()
+    model, x = trained()
+    packed = pack(model)
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    assert torch.equal(packed(x), compiled(x))
+    packed[0].weight_packed.fill_(0x37)
+    assert torch.equal(compiled(x), packed(x))
+
+
+def test_exported_program_holds_the_integers_and_no_float_weight():
+    model, x = trained("conv2d")
+    packed = pack(model)
+    expected = packed(x)
+    program = torch.export.export(packed, (x,))
+    assert torch.equal(program.module()(x), expected)
+    assert program.state_dict.keys() == packed.state_dict().keys()
+    shapes = [tensor.shape for tensor in program.constants.values() if isinstance(tensor, torch.Tensor)]
+    assert packed[0].weight.shape not in shapes
 
 
 def test_attribute_error_inside_the_weight_is_not_swallowed():

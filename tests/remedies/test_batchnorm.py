@@ -91,6 +91,73 @@ def test_nothing_is_left_hooked_to_the_layers(batches):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+class Remembering(nn.Module):
+    """Caches in evaluation mode, as timm's attentions do with their biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(1))
+        self.kept = None
+
+    def train(self, mode=True):
+        if mode:
+            self.kept = None
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training:
+            return x + self.bias
+        self.kept = self.bias * 1 if self.kept is None else self.kept
+        return x * self.kept
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_trains_on_after_it(batches, training):
+    # Tensors of inference mode, were any left, could not be saved for backward.
+    model = nn.Sequential(spoiled(), Remembering()).train(training)
+    reestimate_batchnorm(model, batches)
+    assert not any(tensor.is_inference() for tensor in (*model.buffers(), *model.parameters()))
+    model(batches[0]).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert model[1].bias.item() != 1
+
+
+def test_forward_is_in_inference_mode_and_what_the_data_keep_is_not():
+    modes, images = [], []
+
+    class Watching(nn.BatchNorm2d):
+        def forward(self, x):
+            modes.append(torch.is_inference_mode_enabled())
+            return super().forward(x)
+
+    def data():
+        for _ in range(2):
+            images.append(torch.randn(4, 3, 2, 2))
+            yield images[-1]
+
+    reestimate_batchnorm(nn.Sequential(Watching(3)), data())
+    assert modes == [True, True]
+    assert not any(image.is_inference() for image in images)
+
+
+def test_within_autocast_gradients_reach_the_weights_afterwards(batches):
+    # autocast keeps the casts of weights until it ends; one made without a gradient must not serve the next step.
+    model = spoiled().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        reestimate_batchnorm(model, batches)
+        loss = model(batches[0]).float().square().mean()
+    loss.backward()
+    assert model[0].weight.grad.abs().sum() > 0
+
+
+def test_each_batch_is_read_and_run_once(batches):
+    model, runs = spoiled(), []
+    model[0].register_forward_hook(lambda *_: runs.append(1))
+    reestimate_batchnorm(model, iter(batches))
+    assert len(runs) == len(batches)
+
+
 def test_later_layers_see_what_their_batch_normalized_is(batches):
     model = spoiled()
     reestimate_batchnorm(model, batches)

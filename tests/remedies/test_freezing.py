@@ -3,6 +3,7 @@
 import pytest
 
 from hf_oscqat import OscillationTracker
+from hf_oscqat.remedies.base import take_tick
 from hf_oscqat.remedies.freezing import Freezing, FreezingSettings
 from hf_oscqat.remedies.schedules import cosine_anneal
 
@@ -36,20 +37,20 @@ def test_setting_at_its_limit_is_accepted(kwargs):
 
 def test_threshold_is_zero_before_annealing_and_then_follows_the_cosine():
     freezing = Freezing(FreezingSettings(threshold=0.2, threshold_final=0.02, anneal_start=0.25))
-    assert {freezing.threshold(step, 100) for step in range(1, 25)} == {0.0}
-    assert freezing.threshold(25, 100) == 0.2
-    assert freezing.threshold(60, 100) == cosine_anneal(60, 100, 0.2, 0.02, 0.25)
-    assert freezing.threshold(100, 100) == pytest.approx(0.02)
+    assert {freezing.freeze_threshold(step, 100) for step in range(1, 25)} == {0.0}
+    assert freezing.freeze_threshold(25, 100) == 0.2
+    assert freezing.freeze_threshold(60, 100) == cosine_anneal(60, 100, 0.2, 0.02, 0.25)
+    assert freezing.freeze_threshold(100, 100) == pytest.approx(0.02)
 
 
 def test_threshold_without_a_final_value_stays():
     freezing = Freezing(FreezingSettings(threshold=0.2, threshold_final=None, anneal_start=0.25))
-    assert {freezing.threshold(step, 100) for step in range(25, 101)} == {0.2}
+    assert {freezing.freeze_threshold(step, 100) for step in range(25, 101)} == {0.2}
 
 
 def test_threshold_zero_switches_freezing_off():
     freezing = Freezing(FreezingSettings(threshold=0, threshold_final=0, anneal_start=0))
-    assert {freezing.threshold(step, 10) for step in range(1, 11)} == {0.0}
+    assert {freezing.freeze_threshold(step, 10) for step in range(1, 11)} == {0.0}
 
 
 def test_nothing_freezes_before_annealing_and_what_oscillates_does_after(make_prepared):
@@ -58,16 +59,13 @@ def test_nothing_freezes_before_annealing_and_what_oscillates_does_after(make_pr
     freezing = Freezing(FreezingSettings(threshold=0.4, threshold_final=None, anneal_start=0.5))
     for step in range(1, 5):
         model.pw.latent_weight.data.neg_()
-        tracker.tick()
-        freezing.on_tick(tracker, step, 10)
+        take_tick(tracker, [freezing], step, 10)
         assert tracker.frozen_fraction == 0
-    tracker.tick()
-    freezing.on_tick(tracker, 5, 10)
+    take_tick(tracker, [freezing], 5, 10)
     assert tracker.frozen_fraction == 0  # its frequency has fallen below the threshold at this tick
-    for _ in range(2):
+    for step in (1, 6):
         model.pw.latent_weight.data.neg_()
-        tracker.tick()
-    freezing.on_tick(tracker, 6, 10)
+        take_tick(tracker, [freezing], step, 10)
     assert 0 < tracker.frozen_fraction <= model.pw.latent_weight.numel() / tracker.num_weights
 
 

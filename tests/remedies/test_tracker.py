@@ -88,7 +88,7 @@ class TestStatistics:
         assert tracker.num_weights == 4
         assert tracker.oscillating_fraction == 0.5
         assert tracker.frozen_fraction == 0.0
-        tracker.freeze(0.1)
+        tracker.tick(0.1)
         assert tracker.frozen_fraction == 0.5
 
     def test_weight_counts_as_oscillating_above_the_given_frequency(self):

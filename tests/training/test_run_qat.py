@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from run_qat import main
+from run_qat import main, show
 
 SETTINGS = [
     "--dataset_name", "digits", "--model_name_or_path", "test_efficientnet", "--img_size", "32", "--hflip", "0",
@@ -39,6 +39,17 @@ def test_results_hold_what_was_measured(finished):
     assert results["packed_difference"] <= 1e-5
     assert results["run"]["steps"] == 8
     assert results["oscillation"].keys() == {"start", "peak", "end", "frozen"}
+    assert results["run"]["data_images_per_second"] > 0
+
+
+def test_the_end_is_a_table_and_the_speeds_of_training_and_of_its_data(finished, capsys):
+    _, results = finished
+    show(results)
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"{100 * results['accuracy']['packed']['accuracy']:.2f}%" in out
+    run = results["run"]
+    assert f"Training: {run['images_per_second']:.0f} images/s, evaluation included; its data alone" in out
+    assert f"with no workers: {run['data_images_per_second']:.0f} images/s" in out
 
 
 def test_the_checkpoint_is_what_training_ended_with(finished):

@@ -179,11 +179,16 @@ def to_markdown(results: dict[str, Any]) -> str:
         "calibration, a training step with a gradient at every latent weight and scale, a tick that freezes, packing, "
         "saving, loading with `AutoModelForImageClassification`, equal logits.",
         "",
+        "Quantized are weights and inputs of layers. What two activations compute together stays float: queries with "
+        "keys and softmax with values in attention, fused or not, sums and gates. So do activation functions, "
+        "normalisation, and parameters outside of layers, such as tokens and position tables, which "
+        "`oscqat inspect NAME` lists.",
+        "",
         "## Refused, or partly float",
         "",
         "| architecture | why |",
         "|---|---|",
-        *(f"| {name} | {why} |" for name, why in refused.items()),
+        *(f"| {name} | {_cell(why)} |" for name, why in refused.items()),
         *(f"| {name} | float: {', '.join(layers)} |" for name, layers in partly.items()),
         "",
         "## Families",
@@ -193,13 +198,16 @@ def to_markdown(results: dict[str, Any]) -> str:
     ]
     for name, row in {**failed, **done}.items():
         said = "whole path" if row.get("ok") else row.get("refused") or f"{row['step']}: {row['error']}"
-        said = said.replace("\n", " ").replace("|", "/")
-        said = said if len(said) < 200 else f"{said[:200]} .."
         count = names[name]
         lines.append(
-            f"| {count['family']} | {name} | {count['parameters']:,} | {count.get('quantized', '')} | {said} |"
+            f"| {count['family']} | {name} | {count['parameters']:,} | {count.get('quantized', '')} | {_cell(said)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    text = text.replace("\n", " ").replace("|", "/")
+    return text if len(text) < 250 else f"{text[:250]} .."
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -1,0 +1,245 @@
+"""Every way to run a function over memory computes the same, in any layout; and what happens without a compiler."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_oscqat import OscillationTracker, dampening_loss, fake_quantize
+from hf_oscqat.quantization import kernels
+from hf_oscqat.quantization.functional import live_sentinel, quantize, quantize_backward
+from hf_oscqat.quantization.gradient_estimators import EWGS, STRAIGHT_THROUGH
+from hf_oscqat.quantization.kernels import fused_kernels, one_pass
+from hf_oscqat.remedies.dampening import squared_distance, squared_distance_backward
+from hf_oscqat.remedies.tracker import track
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler on a CPU"
+)
+
+
+@pytest.fixture(params=["compiled", "in chunks"], autouse=True)
+def way(request, monkeypatch):
+    """Run everything, small as it is, by one of the ways other than the plain one."""
+    if request.param == "compiled" and needs_compiler.args[0]:
+        pytest.skip(needs_compiler.kwargs["reason"])
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(kernels, "CHUNK", 100)
+    monkeypatch.setattr(kernels, "_without_compiler", set())
+    with fused_kernels(request.param == "compiled"), torch.no_grad():
+        yield request.param
+
+
+LAYOUTS = {
+    "a row": lambda: torch.randn(333),
+    "contiguous": lambda: torch.randn(3, 4, 5, 6),
+    "channels last": lambda: torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last),
+    "not dense": lambda: torch.randn(3, 4, 5, 12)[..., ::2],
+    "one value": lambda: torch.randn(1),
+}
+BOUNDS = (-8, 7)
+
+
+def some_frozen(x):
+    frozen = torch.randint_like(x, -8, 8, dtype=torch.int8)
+    return torch.where(x > 0.5, frozen, live_sentinel(torch.int8))
+
+
+def assert_same(one, other, rtol=1e-5):
+    for a, b in zip(one, other, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5)
+
+
+CASES = {
+    # what is run over, its dtype, whether some of it is frozen, the activation before it
+    **{layout: (make, torch.float32, False, None) for layout, make in LAYOUTS.items()},
+    "some frozen": (LAYOUTS["contiguous"], torch.float32, True, None),
+    "bfloat16": (LAYOUTS["channels last"], torch.bfloat16, False, None),
+    "ReLU6 before": (LAYOUTS["contiguous"], torch.float32, False, (0.0, 6.0)),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_quantizing_equals_the_plain_function(case):
+    make, dtype, frozen, activation = case
+    x, grad = make().to(dtype), make().to(dtype)
+    frozen_int = some_frozen(x) if frozen else None
+    parameters, static = (torch.tensor([0.11]), None), (STRAIGHT_THROUGH, activation)
+    (y,) = one_pass(quantize, (x, frozen_int, None), parameters, BOUNDS, static=static)
+    assert torch.equal(y, quantize((x, frozen_int, None), parameters, BOUNDS, 0, *static)[0])
+    tensors = (x, grad, frozen_int, None)
+    grads = one_pass(quantize_backward, tensors, parameters, BOUNDS, static=static)
+    plain = quantize_backward(tensors, parameters, BOUNDS, 0, *static)
+    assert_same(grads, plain)
+    assert torch.equal(grads[0], plain[0])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "not dense"])
+def test_a_scale_for_each_channel(layout, axis):
+    x = LAYOUTS[layout]()
+    grad = torch.randn_like(x)
+    parameters = (torch.rand(x.shape[axis]) + 0.1, torch.randn(x.shape[axis]) * 3 + 8)
+    static = (EWGS(), None)
+    (y,) = one_pass(quantize, (x, None, None), parameters, (0, 15), axis=axis, static=static)
+    assert torch.equal(y, quantize((x, None, None), parameters, (0, 15), axis, *static)[0])
+    grads = one_pass(quantize_backward, (x, grad, None, None), parameters, (0, 15), axis=axis, static=static)
+    assert_same(grads, quantize_backward((x, grad, None, None), parameters, (0, 15), axis, *static))
+
+
+def test_gradient_in_another_layout_than_the_values():
+    x, scale = LAYOUTS["channels last"](), torch.tensor([0.2])
+    static = (STRAIGHT_THROUGH, None)
+    for grad in (torch.randn(3, 4, 5, 6), torch.ones(1, 4, 1, 1).expand(3, 4, 5, 6)):
+        grads = one_pass(quantize_backward, (x, grad, None, None), (scale, None), BOUNDS, static=static)
+        assert_same(grads, quantize_backward((x, grad, None, None), (scale, None), BOUNDS, 0, *static))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "not dense"])
+@pytest.mark.parametrize("freezes", [False, True])
+def test_ticks_write_the_same_state(layout, freezes):
+    weight = LAYOUTS[layout]()
+    state = {
+        "previous_int": torch.zeros_like(weight, dtype=torch.int8),
+        "direction": torch.zeros_like(weight, dtype=torch.int8),
+        "frequency": torch.zeros_like(weight),
+        "mean_int": torch.zeros_like(weight),
+        "frozen_int": torch.full_like(weight, live_sentinel(torch.int8), dtype=torch.int8),
+        "total": torch.zeros_like(weight, dtype=torch.int32),
+        "total_by_scale": torch.zeros_like(weight, dtype=torch.int32),
+    }
+    plain = {name: tensor.clone() for name, tensor in state.items()}
+    previous = torch.tensor([0.3])
+    for step in range(4):
+        scale = torch.tensor([0.3 if step % 2 else 0.26])
+        parameters, bounds = (scale, None, previous, None), (-8, 7, 0.5, 0.5, 0.4)
+        moved = weight * (-1 if step % 3 == 1 else 1)
+        counts = one_pass(
+            track, (moved, *state.values()), parameters, bounds, static=(freezes, True), shaped=0, in_place=True
+        )
+        assert_same(counts, track((moved, *plain.values()), parameters, bounds, 0, freezes, True))
+        assert counts[0].dtype == torch.float32
+        for name, tensor in state.items():
+            assert torch.equal(tensor, plain[name]), (step, name)
+        previous = scale
+    assert state["total"].sum() > 0
+    assert bool((state["frozen_int"] != live_sentinel(torch.int8)).any()) is freezes
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "not dense"])
+def test_dampening_equals_the_plain_function(layout):
+    tensors, parameters = (LAYOUTS[layout](), None), (torch.tensor([0.1]), None)
+    assert_same(
+        one_pass(squared_distance, tensors, parameters, BOUNDS, shaped=0),
+        squared_distance(tensors, parameters, BOUNDS, 0),
+    )
+    (half,) = one_pass(squared_distance_backward, tensors, parameters, BOUNDS)
+    assert torch.equal(half, squared_distance_backward(tensors, parameters, BOUNDS, 0)[0])
+
+
+def test_float64_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(kernels, "_compiled", None)
+    monkeypatch.setattr(kernels, "_in_chunks", None)
+    x = torch.randn(50, dtype=torch.float64)
+    (y,) = one_pass(
+        quantize, (x, None, None), (torch.tensor([0.1]).double(), None), BOUNDS, static=(STRAIGHT_THROUGH, None)
+    )
+    assert y.dtype == torch.float64
+
+
+def test_a_step_of_training_is_the_same(make_prepared, images, way):
+    outcomes = []
+    for small in (0, 10**9):
+        kernels.SMALL = small
+        model = make_prepared(weight_granularity="per_channel" if way == "compiled" else "per_tensor").train()
+        tracker = OscillationTracker(model, momentum=0.5)
+        with torch.enable_grad():
+            for _ in range(2):
+                (model(images).square().mean() + dampening_loss(model)).backward()
+                tracker.tick(0.1)
+        outcomes.append([p.grad for p in model.parameters()] + list(tracker.state_dict().values()))
+    for fast, plain in zip(*outcomes, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+class CountedSyncs(TorchDispatchMode):
+    """Counts operations, and those that would make a GPU's host wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.launches = getattr(self, "launches", 0) + 1
+        waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
+        assert func.overloadpacket.__name__ not in waits, f"a tick waits for the device in {func}"
+        return func(*args, **(kwargs or {}))
+
+
+def test_tick_never_waits_for_the_device(make_prepared, way):
+    model = make_prepared()
+    tracker = OscillationTracker(model, momentum=0.5)
+    tracker.tick(0.1)  # what the first one sets up, and compiles
+    tracker.tick()
+    if way == "compiled":
+        return  # a compiled function has no place to wait in: it was traced whole
+    with CountedSyncs():
+        tracker.tick()
+        tracker.tick(0.1)
+
+
+def test_tick_runs_one_kernel_for_each_layer(make_prepared, monkeypatch, way):
+    model = make_prepared(weight_bits=4)
+    tracker = OscillationTracker(model)
+    tracker.tick(0.1)
+    calls = []
+    original = kernels._compiled if way == "compiled" else kernels._in_chunks
+
+    def counted(function, *args):
+        calls.append(function)
+        return original(function, *args)
+
+    monkeypatch.setattr(kernels, original.__name__, counted)
+    tracker.tick(0.1)
+    assert calls == [track] * len(tracker.layers)
+
+
+class TestWithoutACompiler:
+    @pytest.fixture(autouse=True)
+    def _broken(self, way, monkeypatch):
+        if way != "compiled":
+            pytest.skip("the other way compiles nothing")
+        monkeypatch.setattr(kernels, "_kernels", {})
+
+        def refuse(*args, **kwargs):
+            raise TorchDynamoException("no compiler found\nand a long story")
+
+        monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: refuse)
+
+    def test_it_says_so_once_and_goes_on(self, caplog):
+        x, scale = torch.randn(1000), torch.tensor([0.1])
+        with caplog.at_level(logging.WARNING):
+            first, second = (fake_quantize(x, scale, None, *BOUNDS) for _ in range(2))
+        with fused_kernels(False):
+            assert torch.equal(first, fake_quantize(x, scale, None, *BOUNDS))
+        assert torch.equal(first, second)
+        (message,) = caplog.messages
+        assert "install a C++ compiler" in message
+        assert "OSCQAT_FUSED_KERNELS=0" in message
+        assert "no compiler found" in message
+        assert "long story" not in message
+
+
+@pytest.mark.parametrize(("value", "expected"), [("0", "False"), ("1", "True"), (None, "True")])
+def test_environment_variable_keeps_the_compiler_out(value, expected, way):
+    if way == "compiled":
+        pytest.skip("once is enough")
+    environment = {k: v for k, v in os.environ.items() if k != "OSCQAT_FUSED_KERNELS"}
+    environment |= {} if value is None else {"OSCQAT_FUSED_KERNELS": value}
+    # As a file, because importing the package would take seconds.
+    code = f"import runpy; print(runpy.run_path({kernels.__file__!r})['_enabled'])"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == expected

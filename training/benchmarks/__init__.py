@@ -1,0 +1,1 @@
+"""What is measured, each a command: see the docstring of each module."""
