@@ -359,9 +359,14 @@ def is_traced(x: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, nn.Parameter)
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or in_transform()
         or torch.jit.is_tracing()
     )
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return torch._C._are_functorch_transforms_active()
 
 
 # --- One shape for all: values in a row, or in rows per channel ---
@@ -660,10 +665,11 @@ def fake_quantize(
     """
     if isinstance(gradient_estimator, str):
         gradient_estimator = make_gradient_estimator(gradient_estimator)
-    noise = gradient_estimator.noise(x, _compute_dtype(x, scale))
-    return _FakeQuantize.apply(
-        x, scale, zero_point, frozen_int, noise, qmin, qmax, axis, gradient_scale, gradient_estimator, activation
-    )
+    noise = gradient_estimator.noise(x, _compute_dtype(x, scale)) if gradient_estimator.is_random else None
+    args = (x, scale, zero_point, frozen_int, noise, qmin, qmax, axis, gradient_scale, gradient_estimator, activation)
+    if not torch.is_grad_enabled():
+        return _quantized(*args)
+    return (_TransformableFakeQuantize if in_transform() else _FakeQuantize).apply(*args)
 
 
 def lsq_gradient_scale(x: Tensor, scale: Tensor, qmax: int) -> float:
@@ -754,32 +760,34 @@ def _sum_like(per_value: Tensor, broadcast: Tensor, parameter: Tensor) -> Tensor
     return per_value.sum_to_size(broadcast.shape).reshape(parameter.shape).to(parameter.dtype)
 
 
+def _quantized(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    frozen_int: Tensor | None,
+    noise: Tensor | None,
+    qmin: int,
+    qmax: int,
+    axis: int,
+    gradient_scale: float,
+    estimator: GradientEstimator,
+    activation: Activation | None,
+) -> Tensor:
+    tensors, parameters, static = (x, frozen_int, noise), (scale, zero_point), (estimator, activation)
+    return one_pass(quantize, tensors, parameters, (qmin, qmax), axis=axis, static=static, small=8)[0]
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Keeps `x`, and noise if any, for backward; the rest is recomputed, which is cheaper than reading it back."""
 
-    generate_vmap_rule = True
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        _FakeQuantize.keep(ctx, args)
+        return _quantized(*args)
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        frozen_int: Tensor | None,
-        noise: Tensor | None,
-        qmin: int,
-        qmax: int,
-        axis: int,
-        gradient_scale: float,
-        estimator: GradientEstimator,
-        activation: Activation | None,
-    ) -> Tensor:
-        static = (estimator, activation)
-        tensors, parameters = (x, frozen_int, noise), (scale, zero_point)
-        return one_pass(quantize, tensors, parameters, (qmin, qmax), axis=axis, static=static, small=8)[0]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale, ctx.estimator, ctx.activation = inputs
+    def keep(ctx: Any, args: tuple[Any, ...]) -> None:
+        *tensors, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale, ctx.estimator, ctx.activation = args
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -793,9 +801,24 @@ class _FakeQuantize(torch.autograd.Function):
             (ctx.qmin, ctx.qmax),
             axis=ctx.axis,
             static=(ctx.estimator, ctx.activation),
+            small=1 / 4,
         )
         of_grid = [grad if ctx.gradient_scale == 1.0 else grad * ctx.gradient_scale for grad in grads[1:]]
-        return (grads[0], *of_grid, *[None] * (2 - len(of_grid)), *[None] * 8)
+        return (grads[0], *of_grid, *[None] * (10 - len(of_grid)))
+
+
+class _TransformableFakeQuantize(_FakeQuantize):
+    """The same in the form that torch.func asks for, with which torch inspects signatures in each call (40 us)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _quantized(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _FakeQuantize.keep(ctx, inputs)
 
 
 # --- hf_oscqat.quantization.timm_layers
@@ -933,6 +956,10 @@ def _shifts(like: Tensor, count: int, step: int) -> Tensor:
 
 
 # --- hf_oscqat.quantization.packed
+PART = 2**17
+"""Values for each thread that its second-level cache holds."""
+
+
 class FormatError(ValueError):
     """A packed checkpoint says something that cannot be so."""
 
@@ -1141,17 +1168,28 @@ def _round(
     """What `fake_quantize` computes, on a CPU and for nobody who wants gradients.
 
     New memory costs more than the arithmetic does. Behind a folded activation nobody else sees `x`, which then takes
-    the result; timm's activations write into their input too.
+    the result; timm's activations write into their input too. A large one is gone through part by part, because what
+    is in the cache need not be fetched again for the next operation.
     """
     zero = 0 if zero_point is None else int(zero_point)
     low, high = grid.qmin - zero, grid.qmax - zero
     dtype = torch.promote_types(x.dtype, scale.dtype)
     if activation is not None:
         # Division and rounding keep the order of values, so the bounds of the activation can be rounded instead.
-        first, last = (torch.tensor(activation, dtype=dtype) / scale).round().tolist()
+        first, last = (_as_tensor(activation, dtype) / scale).round_().tolist()
         low, high = max(low, first), min(high, last)
-    u = x / scale if activation is None or x.dtype != dtype else x.div_(scale)
-    return u.round_().clamp_(low, high).mul_(scale).to(x.dtype)
+    if activation is None or x.dtype != dtype:
+        return (x / scale).round_().clamp_(low, high).mul_(scale).to(x.dtype)
+    count = PART * torch.get_num_threads()
+    for part in x.view(-1).split(count) if x.numel() > count and x.is_contiguous() else (x,):
+        part.div_(scale).round_().clamp_(low, high).mul_(scale)
+    return x
+
+
+@functools.cache
+def _as_tensor(activation: Activation, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(activation, dtype=dtype)
 
 
 class StandardisedPackedLayer(PackedLayer):

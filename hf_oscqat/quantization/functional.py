@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hf_oscqat.quantization.gradient_estimators import STRAIGHT_THROUGH, GradientEstimator, make_gradient_estimator
-from hf_oscqat.quantization.kernels import one_pass
+from hf_oscqat.quantization.kernels import in_transform, one_pass
 
 Activation = tuple[float, float]
 """Smallest and largest value that an activation lets through: `(0.0, 6.0)` for ReLU6, `(0.0, inf)` for ReLU."""
@@ -189,10 +189,11 @@ def fake_quantize(
     """
     if isinstance(gradient_estimator, str):
         gradient_estimator = make_gradient_estimator(gradient_estimator)
-    noise = gradient_estimator.noise(x, _compute_dtype(x, scale))
-    return _FakeQuantize.apply(
-        x, scale, zero_point, frozen_int, noise, qmin, qmax, axis, gradient_scale, gradient_estimator, activation
-    )
+    noise = gradient_estimator.noise(x, _compute_dtype(x, scale)) if gradient_estimator.is_random else None
+    args = (x, scale, zero_point, frozen_int, noise, qmin, qmax, axis, gradient_scale, gradient_estimator, activation)
+    if not torch.is_grad_enabled():
+        return _quantized(*args)
+    return (_TransformableFakeQuantize if in_transform() else _FakeQuantize).apply(*args)
 
 
 def lsq_gradient_scale(x: Tensor, scale: Tensor, qmax: int) -> float:
@@ -283,32 +284,34 @@ def _sum_like(per_value: Tensor, broadcast: Tensor, parameter: Tensor) -> Tensor
     return per_value.sum_to_size(broadcast.shape).reshape(parameter.shape).to(parameter.dtype)
 
 
+def _quantized(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    frozen_int: Tensor | None,
+    noise: Tensor | None,
+    qmin: int,
+    qmax: int,
+    axis: int,
+    gradient_scale: float,
+    estimator: GradientEstimator,
+    activation: Activation | None,
+) -> Tensor:
+    tensors, parameters, static = (x, frozen_int, noise), (scale, zero_point), (estimator, activation)
+    return one_pass(quantize, tensors, parameters, (qmin, qmax), axis=axis, static=static, small=8)[0]
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Keeps `x`, and noise if any, for backward; the rest is recomputed, which is cheaper than reading it back."""
 
-    generate_vmap_rule = True
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        _FakeQuantize.keep(ctx, args)
+        return _quantized(*args)
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        frozen_int: Tensor | None,
-        noise: Tensor | None,
-        qmin: int,
-        qmax: int,
-        axis: int,
-        gradient_scale: float,
-        estimator: GradientEstimator,
-        activation: Activation | None,
-    ) -> Tensor:
-        static = (estimator, activation)
-        tensors, parameters = (x, frozen_int, noise), (scale, zero_point)
-        return one_pass(quantize, tensors, parameters, (qmin, qmax), axis=axis, static=static, small=8)[0]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale, ctx.estimator, ctx.activation = inputs
+    def keep(ctx: Any, args: tuple[Any, ...]) -> None:
+        *tensors, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale, ctx.estimator, ctx.activation = args
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -322,6 +325,21 @@ class _FakeQuantize(torch.autograd.Function):
             (ctx.qmin, ctx.qmax),
             axis=ctx.axis,
             static=(ctx.estimator, ctx.activation),
+            small=1 / 4,
         )
         of_grid = [grad if ctx.gradient_scale == 1.0 else grad * ctx.gradient_scale for grad in grads[1:]]
-        return (grads[0], *of_grid, *[None] * (2 - len(of_grid)), *[None] * 8)
+        return (grads[0], *of_grid, *[None] * (10 - len(of_grid)))
+
+
+class _TransformableFakeQuantize(_FakeQuantize):
+    """The same in the form that torch.func asks for, with which torch inspects signatures in each call (40 us)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _quantized(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _FakeQuantize.keep(ctx, inputs)

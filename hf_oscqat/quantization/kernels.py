@@ -93,9 +93,14 @@ def is_traced(x: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, nn.Parameter)
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or in_transform()
         or torch.jit.is_tracing()
     )
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return torch._C._are_functorch_transforms_active()
 
 
 # --- One shape for all: values in a row, or in rows per channel ---

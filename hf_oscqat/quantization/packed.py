@@ -6,6 +6,7 @@ the function that training called, and the weight is rebuilt by the same two ope
 The weight is rebuilt at the first forward and kept beside the integers; `keep_packed` trades that speed for memory.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +20,9 @@ from hf_oscqat.quantization.functional import Activation, broadcast_to_axis, fak
 from hf_oscqat.quantization.kernels import is_traced
 from hf_oscqat.quantization.packing import pack_bits, packed_width, unpack_bits
 from hf_oscqat.quantization.timm_layers import convolve, is_standardised, standardise
+
+PART = 2**17
+"""Values for each thread that its second-level cache holds."""
 
 
 class FormatError(ValueError):
@@ -229,17 +233,28 @@ def _round(
     """What `fake_quantize` computes, on a CPU and for nobody who wants gradients.
 
     New memory costs more than the arithmetic does. Behind a folded activation nobody else sees `x`, which then takes
-    the result; timm's activations write into their input too.
+    the result; timm's activations write into their input too. A large one is gone through part by part, because what
+    is in the cache need not be fetched again for the next operation.
     """
     zero = 0 if zero_point is None else int(zero_point)
     low, high = grid.qmin - zero, grid.qmax - zero
     dtype = torch.promote_types(x.dtype, scale.dtype)
     if activation is not None:
         # Division and rounding keep the order of values, so the bounds of the activation can be rounded instead.
-        first, last = (torch.tensor(activation, dtype=dtype) / scale).round().tolist()
+        first, last = (_as_tensor(activation, dtype) / scale).round_().tolist()
         low, high = max(low, first), min(high, last)
-    u = x / scale if activation is None or x.dtype != dtype else x.div_(scale)
-    return u.round_().clamp_(low, high).mul_(scale).to(x.dtype)
+    if activation is None or x.dtype != dtype:
+        return (x / scale).round_().clamp_(low, high).mul_(scale).to(x.dtype)
+    count = PART * torch.get_num_threads()
+    for part in x.view(-1).split(count) if x.numel() > count and x.is_contiguous() else (x,):
+        part.div_(scale).round_().clamp_(low, high).mul_(scale)
+    return x
+
+
+@functools.cache
+def _as_tensor(activation: Activation, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(activation, dtype=dtype)
 
 
 class StandardisedPackedLayer(PackedLayer):

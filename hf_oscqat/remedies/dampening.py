@@ -93,6 +93,7 @@ class _Dampening(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         weight: Tensor,
         scale: Tensor,
         zero_point: Tensor | None,
@@ -102,20 +103,20 @@ class _Dampening(torch.autograd.Function):
         axis: int,
         factor: float,
     ) -> Tensor:
-        tensors, parameters = (weight, frozen_int), (scale, zero_point)
-        return one_pass(squared_distance, tensors, parameters, (qmin, qmax), axis=axis, shaped=0)[0] * factor
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, scale, zero_point, frozen_int, ctx.qmin, ctx.qmax, ctx.axis, ctx.factor = inputs
         ctx.save_for_backward(weight, scale, zero_point, frozen_int)
+        ctx.qmin, ctx.qmax, ctx.axis, ctx.factor = qmin, qmax, axis, factor
+        tensors, parameters = (weight, frozen_int), (scale, zero_point)
+        return (
+            one_pass(squared_distance, tensors, parameters, (qmin, qmax), axis=axis, shaped=0, small=1 / 4)[0] * factor
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, zero_point, frozen_int = ctx.saved_tensors
         tensors, parameters = (weight, frozen_int), (scale, zero_point)
-        (half,) = one_pass(squared_distance_backward, tensors, parameters, (ctx.qmin, ctx.qmax), axis=ctx.axis)
+        bounds = (ctx.qmin, ctx.qmax)
+        (half,) = one_pass(squared_distance_backward, tensors, parameters, bounds, axis=ctx.axis, small=1 / 4)
         return half.mul_(2 * ctx.factor * grad_output), *[None] * 7
 
 

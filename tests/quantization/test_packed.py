@@ -190,6 +190,29 @@ def test_inputs_are_rounded_as_by_fake_quantize(dtype, scheme, bits):
     torch.testing.assert_close(x, before, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("activation", [(0.0, 6.0), (0.0, 0.35), (0.0, torch.inf)])
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_behind_a_folded_activation_the_input_takes_the_result(monkeypatch, activation, scheme, dtype, layout):
+    monkeypatch.setattr("hf_oscqat.quantization.packed.PART", 7)
+    layer = pack(trained("conv2d", activation_scheme=scheme)[0])[0]
+    layer.input_activation = activation
+    scale, zero_point, grid = layer.input_scale, layer.input_zero_point, layer.format.input
+    x = torch.cat([(torch.arange(-60, 60) + 0.5) * scale, torch.randn(120) * 20 * scale]).view(2, 6, 4, 5)
+    x = x.to(dtype).to(memory_format=layout)
+    expected = fake_quantize(x.clamp(*activation), scale, zero_point, grid.qmin, grid.qmax)
+    given = x.clone()
+    differentiable = x.clone().requires_grad_()
+    assert torch.equal(layer._quantized(differentiable), expected)
+    assert torch.equal(differentiable, x)
+    rounded = layer._quantized(given)
+    assert rounded.dtype == dtype
+    assert torch.equal(rounded, expected)
+    # bfloat16 has not the digits that division needs.
+    assert (rounded is given) == (dtype != torch.bfloat16)
+
+
 def test_input_that_requires_a_gradient_gets_one():
     model, x = trained("conv2d")
     packed = pack(model)

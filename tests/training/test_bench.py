@@ -45,6 +45,19 @@ def hardly(model, images, bits):
     return Prepared(model, bits, "floats")
 
 
+class Detached(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.head = model, nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.head(self.model(x).detach()[:, :1]).expand(-1, 1000)
+
+
+def cut_off(model, images, bits):
+    return Prepared(Detached(model), None, "its last layer")
+
+
 def test_ratio_and_overhead_are_taken_within_each_repeat():
     base, times = [1.0, 2.0, 4.0], [2.0, 5.0, 8.0]
     assert ratio(times, base) == (2.0, 2.0, 2.25)
@@ -119,9 +132,10 @@ def test_plain_is_on_the_grid():
 
 
 def test_a_short_run_writes_and_prints_what_it_promises(tmp_path, capsys, monkeypatch):
-    for name, prepare in (("absent", missing), ("refuses", unavailable), ("pretends", pretending), ("hardly", hardly)):
+    broken = {"absent": missing, "refuses": unavailable, "pretends": pretending, "hardly": hardly, "cut": cut_off}
+    for name, prepare in broken.items():
         monkeypatch.setitem(bench.ROWS, name, bench.Row(prepare))
-    rows = ["lsq", "freeze", "dampen", "absent", "refuses", "pretends", "hardly"]
+    rows = ["lsq", "freeze", "dampen", *broken]
     path, picture = tmp_path / "made" / "bench.json", tmp_path / "bench.png"
     found = bench.main([*TINY, "--rows", *rows, "--json", str(path), "--picture", str(picture)])
     written = json.loads(path.read_text(encoding="utf-8"))["comparison"]
@@ -142,6 +156,7 @@ def test_a_short_run_writes_and_prints_what_it_promises(tmp_path, capsys, monkey
     assert written["rows"]["refuses"] == {"reason": "it asks for a licence"}
     assert "does not quantize" in written["rows"]["pretends"]["reason"]
     assert "values, expected at most 16" in written["rows"]["hardly"]["reason"]
+    assert "weights get no gradient" in written["rows"]["cut"]["reason"]
     assert written["bandwidth"]["shape"] == [2, 3, 4, 4]
     assert all(row["forward"] > 0 < row["backward"] for row in written["bandwidth"]["rows"].values())
     assert written["command"].startswith("python training/benchmarks/bench.py --model test_efficientnet")

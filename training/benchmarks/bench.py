@@ -67,7 +67,7 @@ from hf_oscqat.quantization.layers import quantizers
 
 FREEZE_THRESHOLD, DAMPENING_WEIGHT = 0.01, 0.1
 ACTIVATION = {"cpu": (32, 96, 48, 48), "cuda": (256, 96, 112, 112)}
-"""Shape of the activation whose fake-quantization is set against a copy; larger than any cache."""
+"""Shape of the activation whose fake-quantization is set against a copy."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"batch_size": 32, "img_size": 96, "precision": "float32", "channels_last": False},
     "cuda": {"batch_size": 256, "img_size": 224, "precision": "bf16", "channels_last": True},
@@ -159,7 +159,7 @@ class Trainee:
         wrap: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         self.row, self.images, self.labels = row, images, labels
-        self.model = prepared.model
+        self.model, self.weights = prepared.model, prepared.weights
         self.autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16")
         self.optimizer = _optimizer(prepared)
         self.tracker = OscillationTracker(self.model, momentum=0.001) if row.remedy == "freeze" else None
@@ -294,6 +294,7 @@ def compare(
             try:
                 with _quiet(name in PEERS):
                     rows[name]["warmup_s"] = _warm_up(trainees[name], settings.warmup)
+                    _check_gradients(trainees[name])
             except Exception as error:
                 rows[name] = {"reason": _reason(error)}
                 del trainees[name]
@@ -337,6 +338,19 @@ def _warm_up(trainee: Trainee, steps: int) -> list[float]:
     patch = torch._dynamo.config.patch(recompile_limit=64) if trainee.row.compiled else contextlib.nullcontext()
     with patch:
         return [timed(trainee.step, trainee.images.device) for _ in range(steps)]
+
+
+def _check_gradients(trainee: Trainee) -> None:
+    """Make sure that a row trains.
+
+    Raises:
+        Unavailable: if most of its weights get no gradient.
+    """
+    trainee.loss().backward()
+    without = sum(weight.grad is None or not weight.grad.any() for weight in trainee.weights)
+    trainee.optimizer.zero_grad()
+    if without > len(trainee.weights) / 2:
+        raise Unavailable(f"it does not train: {without} of {len(trainee.weights)} weights get no gradient")
 
 
 def _summary(taken: list[float], times: Mapping[str, list[float]]) -> dict[str, Any]:
@@ -666,17 +680,17 @@ def _measure(settings: Settings, sweeps: list[str], argv: list[str]) -> dict[str
 
 @contextlib.contextmanager
 def _nothing_compiled_yet() -> Iterator[None]:
-    """Compile into an empty cache, or start-up would depend on what ran before; a folder given by the user wins."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    if name in os.environ:
-        yield
-        return
+    """Compile into an empty cache, or start-up would depend on what ran before."""
+    before = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ[name] = folder
+        os.environ.update(dict.fromkeys(before, folder))
         try:
             yield
         finally:
-            os.environ.pop(name, None)
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
 
 
 if __name__ == "__main__":

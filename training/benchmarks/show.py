@@ -164,10 +164,11 @@ def draw_comparison(record: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7.2, 0.8 + 0.3 * len(rows)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for position, (name, row) in enumerate(rows.items()):
-        if "reason" in row:
-            axes.text(0.03, position, f"not run: {_shorten(row['reason'])}", va="center", fontsize=7, color="#555555")
+        ratio = row.get("ratio_to_float")
+        if ratio is None:
+            reason = _shorten(row.get("reason", "float did not"))
+            axes.text(0.03, position, f"not run: {reason}", va="center", fontsize=7, color="#555555")
             continue
-        ratio = row["ratio_to_float"]
         whiskers = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
         axes.barh(position, ratio["median"], color=_colour(name, row), height=0.7)
         axes.errorbar(ratio["median"], position, xerr=whiskers, color="black", linewidth=0.8, capsize=2)
