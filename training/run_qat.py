@@ -483,10 +483,9 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
         )
     run = results["run"]
     if "data_images_per_second" in run:
-        workers = f"{run['data_workers'] or 'no'} workers" + " a process" * (run["processes"] > 1)
         console.print(
-            f"Training: {run['images_per_second']:.0f} images/s, evaluation included; its data alone, with {workers}: "
-            f"{run['data_images_per_second']:.0f} images/s"
+            f"Training: {run['images_per_second']:.0f} images/s, evaluation included; its data alone: "
+            f"{run['data_images_per_second']:.0f} images/s (dataloader_num_workers {run['data_workers']})"
         )
     console.print(f"The checkpoint, loaded with AutoModelForImageClassification: {results['model']['path']}")
 

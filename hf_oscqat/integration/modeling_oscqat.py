@@ -386,7 +386,8 @@ def _view(x: Tensor, layout: torch.memory_format, axis: int | None) -> Tensor:
     if layout is torch.channels_last:
         x = x.permute(0, 2, 3, 1)
         axis = None if axis is None else (0, 3, 1, 2)[axis]
-    return x.view(-1) if axis is None else x.view(x.shape[:axis].numel(), x.shape[axis], -1)
+    # With `data` it is no view to torch, whose compiler would make a kernel for each shape of what it is a view of.
+    return (x.view(-1) if axis is None else x.view(x.shape[:axis].numel(), x.shape[axis], -1)).data
 
 
 def _unview(x: Tensor, shape: torch.Size, layout: torch.memory_format) -> Tensor:
@@ -701,8 +702,10 @@ def quantize(
     x_int = _round_to_grid(clamped, scale, zero_point, qmin, qmax, axis, frozen_int, rounding)
     if zero_point is not None:
         x_int -= _grid_zero(broadcast_to_axis(zero_point.to(x_int.dtype), x.ndim, axis), qmin, qmax)
-    x_int *= broadcast_to_axis(scale.to(x_int.dtype), x.ndim, axis)
-    return (x_int.to(x.dtype),)
+    # Dynamo of torch 2.11 loses all gradients where an autograd function returns what was written in place or what a
+    # cast without effect gave.
+    y = x_int * broadcast_to_axis(scale.to(x_int.dtype), x.ndim, axis)
+    return (y if y.dtype == x.dtype else y.to(x.dtype),)
 
 
 def quantize_backward(

@@ -225,8 +225,10 @@ def quantize(
     x_int = _round_to_grid(clamped, scale, zero_point, qmin, qmax, axis, frozen_int, rounding)
     if zero_point is not None:
         x_int -= _grid_zero(broadcast_to_axis(zero_point.to(x_int.dtype), x.ndim, axis), qmin, qmax)
-    x_int *= broadcast_to_axis(scale.to(x_int.dtype), x.ndim, axis)
-    return (x_int.to(x.dtype),)
+    # Dynamo of torch 2.11 loses all gradients where an autograd function returns what was written in place or what a
+    # cast without effect gave.
+    y = x_int * broadcast_to_axis(scale.to(x_int.dtype), x.ndim, axis)
+    return (y if y.dtype == x.dtype else y.to(x.dtype),)
 
 
 def quantize_backward(

@@ -120,7 +120,8 @@ def _view(x: Tensor, layout: torch.memory_format, axis: int | None) -> Tensor:
     if layout is torch.channels_last:
         x = x.permute(0, 2, 3, 1)
         axis = None if axis is None else (0, 3, 1, 2)[axis]
-    return x.view(-1) if axis is None else x.view(x.shape[:axis].numel(), x.shape[axis], -1)
+    # With `data` it is no view to torch, whose compiler would make a kernel for each shape of what it is a view of.
+    return (x.view(-1) if axis is None else x.view(x.shape[:axis].numel(), x.shape[axis], -1)).data
 
 
 def _unview(x: Tensor, shape: torch.Size, layout: torch.memory_format) -> Tensor:

@@ -144,6 +144,21 @@ def test_dampening_equals_the_plain_function(layout):
     assert torch.equal(half, squared_distance_backward(tensors, parameters, BOUNDS, 0)[0])
 
 
+def test_one_kernel_takes_any_shape_and_any_bounds(way, monkeypatch):
+    if way != "compiled":
+        pytest.skip("the other way compiles nothing")
+    monkeypatch.setattr(kernels, "_kernels", {})
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for step in range(2, 20):
+        x, scale = torch.randn([step, step + 3, *[step] * (step % 3)]), torch.tensor([0.1])
+        static = (STRAIGHT_THROUGH, None)
+        (y,) = one_pass(quantize, (x, None, None), (scale, None), (-step, step), static=static)
+        assert torch.equal(y, quantize((x, None, None), (scale, None), (-step, step), 0, *static)[0])
+    assert len(kernels._kernels) == 1
+    # One for few values, and one for more.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled <= 2
+
+
 def test_float64_is_left_as_it_is(monkeypatch):
     monkeypatch.setattr(kernels, "_compiled", None)
     monkeypatch.setattr(kernels, "_in_chunks", None)
