@@ -1344,11 +1344,11 @@ class FoldedActivation(nn.Module):
 
 def fold_activations(model: nn.Module) -> None:
     """Move activations into the quantized layers behind them, in place, where that is known to be safe."""
-    for block, path, layer in list(_foldable(model)):
-        bounds = _bounds(block.get_submodule(path))
+    for block, path, activation, layer in list(_foldable(model)):
+        bounds = _bounds(activation)
         if bounds is not None and _quantizes_input(layer):
             layer.input_activation = bounds  # type: ignore[assignment]
-            _replace(block, path, FoldedActivation(block.get_submodule(path)))
+            _replace(block, path, FoldedActivation(activation))
 
 
 def unfold_activations(model: nn.Module) -> None:
@@ -1368,12 +1368,14 @@ def _quantizes_input(layer: nn.Module) -> bool:
     return getattr(layer, "input_quantizer", None) is not None
 
 
-def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, nn.Module]]:
     for block in model.modules():
         for path, layer, between in FOLDABLE.get(f"{type(block).__module__}.{type(block).__name__}", ()):
-            parts = [getattr(block, part, None) for part in between]
-            if all(part is None or type(part) is nn.Identity for part in parts):
-                yield block, path, block.get_submodule(layer)
+            modules = dict(block.named_modules())
+            nothing_between = all(type(modules.get(part, nn.Identity())) is nn.Identity for part in between)
+            # Some norms that timm puts in place of batch-norm are their own activation.
+            if path in modules and layer in modules and nothing_between:
+                yield block, path, modules[path], modules[layer]
 
 
 def _bounds(activation: nn.Module) -> Activation | None:

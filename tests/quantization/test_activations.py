@@ -20,7 +20,7 @@ FOLDED = {
     "resnet18": 8,
     "resnet26": 16,
 }
-NOT_FOLDED = ["test_efficientnet", "test_vit", "cspresnet50", "tresnet_m"]
+NOT_FOLDED = ["test_efficientnet", "test_efficientnet_evos", "test_vit", "cspresnet50", "tresnet_m"]
 
 
 def prepared(name, scheme="symmetric"):
