@@ -214,16 +214,24 @@ class OscQATTrainer(ImageTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Compute the task loss and, in training, what the remedies add to it."""
+        # Before the forward, so that autograd goes through it last: by then the activations are gone, and gradients of
+        # the remedies, one for each weight, do not add to what a step holds at most.
+        extra = self._remedy_loss() if model.training else None
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if model.training:
-            for remedy in self.remedies:
-                extra = remedy.loss(self.model, self.step, self.state.max_steps)
-                if extra is not None:
-                    loss = loss + extra
-                    name = f"{remedy.name}_loss"
-                    self._remedy_losses[name] = self._remedy_losses.get(name, 0) + extra.detach()
-            self._loss_count += 1
+        if extra is not None:
+            loss = loss + extra
         return (loss, outputs) if return_outputs else loss
+
+    def _remedy_loss(self) -> torch.Tensor | None:
+        total = None
+        for remedy in self.remedies:
+            extra = remedy.loss(self.model, self.step, self.state.max_steps)
+            if extra is not None:
+                total = extra if total is None else total + extra
+                name = f"{remedy.name}_loss"
+                self._remedy_losses[name] = self._remedy_losses.get(name, 0) + extra.detach()
+        self._loss_count += 1
+        return total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log to `report_to`, adding oscillation to what comes with a training loss."""

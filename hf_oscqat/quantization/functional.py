@@ -300,7 +300,7 @@ def _quantized(
     activation: Activation | None,
 ) -> Tensor:
     tensors, parameters, static = (x, frozen_int, noise), (scale, zero_point), (estimator, activation)
-    return one_pass(quantize, tensors, parameters, (qmin, qmax), axis=axis, static=static, small=8)[0]
+    return one_pass(quantize, tensors, parameters, (qmin, qmax), axis=axis, static=static)[0]
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -327,7 +327,6 @@ class _FakeQuantize(torch.autograd.Function):
             (ctx.qmin, ctx.qmax),
             axis=ctx.axis,
             static=(ctx.estimator, ctx.activation),
-            small=1 / 4,
         )
         of_grid = [grad if ctx.gradient_scale == 1.0 else grad * ctx.gradient_scale for grad in grads[1:]]
         return (grads[0], *of_grid, *[None] * (10 - len(of_grid)))

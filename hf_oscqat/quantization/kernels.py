@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-SMALL = 2**14
-"""Values below which, on a CPU, a call of a compiled kernel costs more than a dozen operations do."""
-CHUNK = 2**15
-"""Values of a chunk for each thread: no operation of torch gives one fewer, and its temporaries fit into the cache."""
+SMALL = 2**10
+"""Values below which, on a CPU, a call of a compiled kernel costs as much as a dozen operations do."""
+CHUNK = 2**17
+"""Values of a chunk for each thread: temporaries fit into the cache, and starting an operation counts for little."""
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -46,7 +46,6 @@ def one_pass(
     static: tuple[Any, ...] = (),
     shaped: int = 1,
     in_place: bool = False,
-    small: float = 1.0,
 ) -> tuple[Tensor, ...]:
     """Run a `Function`. There is no gradient: call it without gradients, as in the methods of an autograd function.
 
@@ -59,14 +58,13 @@ def one_pass(
         static: further arguments, hashable; other ones need another kernel.
         shaped: how many outputs are shaped like the tensors; the others are sums.
         in_place: whether the function writes into the tensors.
-        small: values below which it is run as it is on a CPU, in units of `SMALL`; measured.
 
     Returns:
         What the function returns.
     """
     first = tensors[0]
     assert first is not None
-    is_small = first.numel() < small * SMALL and first.device.type == "cpu"
+    is_small = first.is_cpu and first.numel() < SMALL
     layout = None if is_small or is_traced(first) else _layout(first)
     # What is written to must not be a copy in another layout.
     copies = (
@@ -81,7 +79,7 @@ def one_pass(
     outputs = None
     if _enabled and first.device.type not in _without_compiler:
         outputs = _compiled(function, static, views, parameters, bounds, per_channel)
-    if outputs is None and first.device.type == "cpu" and not per_channel:
+    if outputs is None and first.is_cpu and not per_channel and first.numel() > _chunk():
         outputs = _in_chunks(function, static, views, parameters, bounds, shaped)
     if outputs is None:
         return function(tensors, parameters, bounds, axis, *static)
@@ -116,12 +114,12 @@ def _layout(x: Tensor) -> torch.memory_format | None:
 
 def _view(x: Tensor, layout: torch.memory_format, axis: int | None) -> Tensor:
     """See a dense tensor as `[values]` in the order of memory; with an axis, as `[outer, channels, inner]`."""
-    x = x.detach().contiguous(memory_format=layout)
+    if not x.is_contiguous(memory_format=layout):
+        x = x.contiguous(memory_format=layout)
     if layout is torch.channels_last:
         x = x.permute(0, 2, 3, 1)
         axis = None if axis is None else (0, 3, 1, 2)[axis]
-    # With `data` it is no view to torch, whose compiler would make a kernel for each shape of what it is a view of.
-    return (x.view(-1) if axis is None else x.view(x.shape[:axis].numel(), x.shape[axis], -1)).data
+    return x.view(-1) if axis is None else x.view(x.shape[:axis].numel(), x.shape[axis], -1)
 
 
 def _unview(x: Tensor, shape: torch.Size, layout: torch.memory_format) -> Tensor:
@@ -133,7 +131,7 @@ def _unview(x: Tensor, shape: torch.Size, layout: torch.memory_format) -> Tensor
 
 # --- Compiled ---
 
-_kernels: dict[Any, Any] = {}
+_kernels: dict[Any, "_Kernel"] = {}
 _without_compiler: set[str] = set()
 _enabled = os.environ.get("OSCQAT_FUSED_KERNELS", "1") != "0"
 
@@ -160,36 +158,141 @@ def _compiled(
     """Run the compiled function; None if it cannot be compiled, which is said once."""
     first = tensors[0]
     assert first is not None
-    arguments = (*tensors, *[None if p is None else p.detach() for p in parameters], _on_device(bounds, first.device))
+    device = first.device
+    arguments = [*tensors, *parameters, _on_device(bounds, device)]
     kinds = tuple([None if a is None else a.dtype for a in arguments])
-    key = (function, static, kinds, per_channel, first.device.type, torch.is_inference_mode_enabled())
+    key = (function, static, kinds, per_channel, device, torch.is_inference_mode_enabled())
+    kernel = _kernels.get(key)
+    if kernel is None:
+        kernel = _kernels[key] = _Kernel(function, static, len(tensors), int(per_channel))
+    launch = kernel.launches.get(_shape_class(first.shape))
+    if launch is not None:
+        return launch(arguments)
     from torch._dynamo import exc  # most of a second at first, which those who never train need not spend
 
-    if key not in _kernels:
-        _kernels[key] = _compile(function, static, len(tensors), int(per_channel))
     try:
-        return _kernels[key](*arguments)
+        return kernel(arguments)
     except exc.FailOnRecompileLimitHit:
         return None  # too many kinds of shapes for one kernel; the others go on
     except exc.TorchDynamoException as error:
-        _without_compiler.add(first.device.type)
+        _without_compiler.add(device.type)
         logger.warning(
             "quantization goes on without compiled kernels, which makes training slower: install %s, or set "
             "OSCQAT_FUSED_KERNELS=0 to be told no more. torch.compile said: %s",
-            "a C++ compiler" if first.device.type == "cpu" else "Triton",
+            "a C++ compiler" if device.type == "cpu" else "Triton",
             str(error).strip().partition("\n")[0],
         )
         return None
 
 
-def _compile(function: Function, static: tuple[Any, ...], num_tensors: int, axis: int) -> Any:
-    def kernel(*arguments: Any) -> tuple[Tensor, ...]:
-        return function(arguments[:num_tensors], arguments[num_tensors:-1], arguments[-1], axis, *static)
+ShapeClass = tuple[int, ...]
+"""What a kernel for any shape still depends on: which sizes are 1, which are equal, and for how many threads."""
 
-    # Dynamo gives up on a code object that it had to compile too often, so each kernel gets one of its own.
-    code = kernel.__code__.replace(co_name=f"{function.__name__}_{len(_kernels)}")
-    own = FunctionType(code, kernel.__globals__, code.co_name, None, kernel.__closure__)
-    return torch.compile(own, dynamic=True, fullgraph=True)
+
+def _shape_class(shape: torch.Size) -> ShapeClass | None:
+    """The class of a shape; None where a size could be taken for that of the bounds, or needs 64 bits to count."""
+    if shape.numel() >= 2**31 or any(1 < size <= 8 for size in shape):
+        return None
+    # Of a row only the length is left, and one of a single value is no row.
+    if len(shape) == 1:
+        return None if shape[0] == 1 else (torch.get_num_threads(),)
+    return (torch.get_num_threads(), *[-1 if size == 1 else shape.index(size) for size in shape])
+
+
+class _Launch:
+    """What torch's compiler made for one class of shapes, called directly.
+
+    Before each call torch.compile checks everything that a graph could depend on and passes through layers of its own,
+    which takes 20 us, and twice that in a training step, where they have been pushed out of the cache: several times
+    as long as a kernel takes for most weights. What a graph of `one_pass` can depend on is in the keys of `_kernels`
+    and `_Kernel.launches`, so nothing is left to check.
+
+    Args:
+        run: takes a list of tensors and sizes, and returns tensors.
+        order: where to find each: an argument's index, or -1 - the dimension for a size.
+    """
+
+    def __init__(self, run: Callable[[list[Any]], Sequence[Tensor]], order: list[int]) -> None:
+        self.run = run
+        self.order = order
+
+    def __call__(self, arguments: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        shape = arguments[0].shape  # type: ignore[union-attr]
+        return tuple(self.run([arguments[i] if i >= 0 else shape[-1 - i] for i in self.order]))
+
+
+class _Kernel:
+    """One function compiled for tensors of some kind and any shape."""
+
+    def __init__(self, function: Function, static: tuple[Any, ...], num_tensors: int, axis: int) -> None:
+        def kernel(*arguments: Any) -> tuple[Tensor, ...]:
+            return function(arguments[:num_tensors], arguments[num_tensors:-1], arguments[-1], axis, *static)
+
+        # Dynamo gives up on a code object that it had to compile too often, so each kernel gets one of its own.
+        code = kernel.__code__.replace(co_name=f"{function.__name__}_{len(_kernels)}")
+        own = FunctionType(code, kernel.__globals__, code.co_name, None, kernel.__closure__)
+        self.compiled = torch.compile(own, dynamic=True, fullgraph=True, backend=self._compile)
+        self.launches: dict[ShapeClass | None, _Launch] = {}
+        self._calls: list[tuple[Any, list[Any], Sequence[Tensor]]] = []
+
+    def __call__(self, arguments: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """Run it, compiling it if need be, and remember how the next call gets around torch.compile."""
+        self._calls = []
+        # With `data` nothing is a view to torch, whose compiler would make a kernel for each shape of what it views.
+        arguments = [None if a is None else a.detach().data for a in arguments]
+        outputs = self.compiled(*arguments)
+        calls, self._calls = self._calls, []
+        first = arguments[0]
+        assert first is not None
+        shape_class = _shape_class(first.shape)
+        if shape_class is not None and len(calls) == 1:
+            run, inputs, results = calls[0]
+            order = _order(inputs, arguments, first.shape)
+            if order is not None and len(results) == len(outputs) and all(map(_is_same, results, outputs)):
+                self.launches[shape_class] = _Launch(run, order)
+        return outputs
+
+    def _compile(self, graph: Any, example_inputs: Any) -> Any:
+        from torch._functorch import config
+        from torch._inductor.compile_fx import compile_fx
+
+        # What comes from this cache is not shown to `inner_compile`; the kernels themselves have one of their own.
+        with config.patch(enable_autograd_cache=False):
+            return compile_fx(graph, example_inputs, inner_compile=self._record)
+
+    def _record(self, *args: Any, **kwargs: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        run = compile_fx_inner(*args, **kwargs)
+
+        def recorded(inputs: list[Any]) -> Sequence[Tensor]:
+            kept = list(inputs)  # it empties the list that it is given
+            outputs = run(inputs)
+            self._calls.append((run, kept, outputs))
+            return outputs
+
+        recorded._boxed_call = True  # type: ignore[attr-defined]
+        return recorded
+
+
+def _order(inputs: list[Any], arguments: Sequence[Tensor | None], shape: torch.Size) -> list[int] | None:
+    """Where each input of a compiled graph is found among the arguments; None if one is not, or in two places."""
+    order = []
+    for value in inputs:
+        if isinstance(value, Tensor):
+            found = [i for i, a in enumerate(arguments) if a is not None and _is_same(a, value)]
+            if len(found) != 1:
+                return None
+            order.append(found[0])
+        elif value in shape:
+            order.append(-1 - shape.index(value))
+        else:
+            return None
+    return order
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype
 
 
 @functools.lru_cache(maxsize=256)
@@ -204,6 +307,10 @@ def _on_device(bounds: tuple[float, ...], device: torch.device) -> Tensor:
 # --- In chunks ---
 
 
+def _chunk() -> int:
+    return CHUNK * torch.get_num_threads()
+
+
 def _in_chunks(
     function: Function,
     static: tuple[Any, ...],
@@ -216,7 +323,7 @@ def _in_chunks(
     assert first is not None
     outputs: list[Tensor] = []
     sums: list[Tensor] = []
-    chunk = CHUNK * torch.get_num_threads()
+    chunk = _chunk()
     for start in range(0, first.numel(), chunk):
         end = start + chunk
         parts = [None if t is None else t[start:end] for t in tensors]

@@ -6,6 +6,7 @@ start, or nothing would ever change its bin, so its weight grows along a cosine.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,20 +36,12 @@ def dampening_loss(model: nn.Module) -> Tensor:
     Raises:
         ValueError: if the model has no quantized weight.
     """
-    terms = [
-        _Dampening.apply(
-            weight,
-            q.scale,
-            q.zero_point,
-            q.frozen_if_any,
-            q.qmin,
-            q.qmax,
-            q.axis,
-            weight.shape[q.axis] / weight.numel(),
-        )
-        for weight, q in quantized_weights(model)
-    ]
-    return torch.stack(terms).sum()
+    tensors: list[Tensor | None] = []
+    bounds = []
+    for weight, q in quantized_weights(model):
+        tensors += [weight, q.frozen_if_any, q.scale, q.zero_point]
+        bounds.append((q.qmin, q.qmax, q.axis))
+    return _Dampening.apply(tuple(bounds), *tensors)
 
 
 def squared_distance(tensors: Any, parameters: Any, bounds: Any, axis: int) -> tuple[Tensor, ...]:
@@ -67,9 +60,12 @@ def squared_distance(tensors: Any, parameters: Any, bounds: Any, axis: int) -> t
 
 
 def squared_distance_backward(tensors: Any, parameters: Any, bounds: Any, axis: int) -> tuple[Tensor, ...]:
-    """Half the gradient of `squared_distance` in the weight: the distance inside the grid, 0 outside."""
-    distance, inside = _distance(tensors, parameters, bounds, axis)
-    return (distance.mul_(inside),)
+    """The gradient of `squared_distance` in the weight: twice the distance inside the grid, 0 outside.
+
+    The third of the parameters is the upstream gradient, `(1,)`.
+    """
+    distance, inside = _distance(tensors, parameters[:2], bounds, axis)
+    return (distance.mul_(inside).mul_(2 * parameters[2]),)
 
 
 def _distance(tensors: Any, parameters: Any, bounds: Any, axis: int) -> tuple[Tensor, Tensor]:
@@ -89,35 +85,40 @@ def _distance(tensors: Any, parameters: Any, bounds: Any, axis: int) -> tuple[Te
 
 
 class _Dampening(torch.autograd.Function):
-    """The dampening loss of one weight; keeps the weight and nothing else for backward."""
+    """The dampening loss of all weights at once; keeps the weights and nothing else for backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        frozen_int: Tensor | None,
-        qmin: int,
-        qmax: int,
-        axis: int,
-        factor: float,
-    ) -> Tensor:
-        ctx.save_for_backward(weight, scale, zero_point, frozen_int)
-        ctx.qmin, ctx.qmax, ctx.axis, ctx.factor = qmin, qmax, axis, factor
-        tensors, parameters = (weight, frozen_int), (scale, zero_point)
-        return (
-            one_pass(squared_distance, tensors, parameters, (qmin, qmax), axis=axis, shaped=0, small=1 / 4)[0] * factor
-        )
+    def forward(ctx: Any, bounds: tuple[tuple[int, int, int], ...], *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.bounds = bounds
+        terms = [
+            one_pass(squared_distance, of_one[:2], of_one[2:], limits, axis=axis, shaped=0)[0]
+            for of_one, limits, axis in _each(tensors, bounds)
+        ]
+        torch._foreach_mul_(terms, _factors(tensors, bounds))
+        return torch.stack(terms).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale, zero_point, frozen_int = ctx.saved_tensors
-        tensors, parameters = (weight, frozen_int), (scale, zero_point)
-        bounds = (ctx.qmin, ctx.qmax)
-        (half,) = one_pass(squared_distance_backward, tensors, parameters, bounds, axis=ctx.axis, small=1 / 4)
-        return half.mul_(2 * ctx.factor * grad_output), *[None] * 7
+        tensors, bounds = ctx.saved_tensors, ctx.bounds
+        upstream = torch._foreach_mul([grad_output.reshape(1)] * len(bounds), _factors(tensors, bounds))
+        grads: list[Tensor | None] = [None]
+        for (of_one, limits, axis), grad in zip(_each(tensors, bounds), upstream, strict=True):
+            parameters = (*of_one[2:], grad)
+            grads += [*one_pass(squared_distance_backward, of_one[:2], parameters, limits, axis=axis), *[None] * 3]
+        return tuple(grads)
+
+
+def _each(tensors: Any, bounds: Any) -> Iterator[tuple[Any, tuple[int, int], int]]:
+    """Yield for each weight: it, frozen integers, scale and zero-point; qmin and qmax; its channel dimension."""
+    for i, (qmin, qmax, axis) in enumerate(bounds):
+        yield tensors[4 * i : 4 * i + 4], (qmin, qmax), axis
+
+
+def _factors(tensors: Any, bounds: Any) -> list[float]:
+    """What averages over all but the output channels."""
+    return [of_one[0].shape[axis] / of_one[0].numel() for of_one, _, axis in _each(tensors, bounds)]
 
 
 @dataclass(frozen=True)

@@ -141,39 +141,38 @@ class OscillationState(nn.Module):
             w_int = quantizer.to_int(weight)
             if not self.has_previous:
                 self.previous_int.copy_(w_int)
-                self.remember_grid(quantizer)
+                torch._foreach_copy_(*self.grid(quantizer))
                 self.has_previous = True
             if threshold > 0 and not self.has_mean:
                 self.mean_int.copy_(w_int)
                 self.has_mean = True
+        state = self._buffers  # not by attribute: nn.Module takes its time to find one
         (counts,) = one_pass(
             track,
             (
-                weight.detach(),
-                self.previous_int,
-                self.direction,
-                self.frequency,
-                self.mean_int,
+                weight,
+                state["previous_int"],
+                state["direction"],
+                state["frequency"],
+                state["mean_int"],
                 frozen_int,
-                self.total,
-                self.total_by_scale,
+                state["total"],
+                state["total_by_scale"],
             ),
-            (quantizer.scale, quantizer.zero_point, self.previous_scale, self.previous_zero_point),
+            (quantizer.scale, quantizer.zero_point, state["previous_scale"], state["previous_zero_point"]),
             (quantizer.qmin, quantizer.qmax, momentum, 1 - momentum, threshold),
             axis=quantizer.axis,
             static=(threshold > 0, use_ema),
             shaped=0,
             in_place=True,
-            small=1 / 16,
         )
-        self.remember_grid(quantizer)
         return counts
 
-    def remember_grid(self, quantizer: Quantizer) -> None:
-        """Keep the quantizer's scale and zero-point for the next tick."""
-        self.previous_scale.copy_(quantizer.scale)
-        if self.previous_zero_point is not None and quantizer.zero_point is not None:
-            self.previous_zero_point.copy_(quantizer.zero_point)
+    def grid(self, quantizer: Quantizer) -> tuple[list[Tensor], list[Tensor]]:
+        """Scale and zero-point, if there is one, of the last tick; and those of the quantizer now."""
+        if self.previous_zero_point is None or quantizer.zero_point is None:
+            return [self.previous_scale], [quantizer.scale]
+        return [self.previous_scale, self.previous_zero_point], [quantizer.scale, quantizer.zero_point]
 
     def count_total(self) -> None:
         """Count every oscillation of every weight from now on."""
@@ -256,16 +255,24 @@ class OscillationTracker:
         Args:
             threshold: freeze weights whose frequency exceeds it, from the next forward on; 0 freezes nothing.
         """
-        counts, events = [], []
+        counts: list[Tensor] = []
+        sizes: list[float] = []
+        events: list[Tensor] = []
+        before: list[Tensor] = []
+        now: list[Tensor] = []
         for layer in self.layers.values():
             quantizer, state = layer.weight_quantizer, oscillation_state(layer)
             assert quantizer is not None
-            count = state.tick(layer.float_weight, quantizer, self.momentum, threshold, self.use_ema)
-            counts.append(count / layer.latent_weight.numel())
+            weight = layer.float_weight
+            counts.append(state.tick(weight, quantizer, self.momentum, threshold, self.use_ema))
+            sizes.append(float(weight.numel()))
             events.append(state.events)
+            for grids, its in zip((before, now), state.grid(quantizer), strict=True):
+                grids += its
             quantizer.has_frozen |= threshold > 0
         if events:
-            torch._foreach_lerp_(events, counts, self.momentum)
+            torch._foreach_copy_(before, now)
+            torch._foreach_lerp_(events, torch._foreach_div(counts, sizes), self.momentum)
 
     @property
     def num_weights(self) -> int:

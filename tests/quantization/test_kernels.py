@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -140,13 +141,13 @@ def test_dampening_equals_the_plain_function(layout):
         one_pass(squared_distance, tensors, parameters, BOUNDS, shaped=0),
         squared_distance(tensors, parameters, BOUNDS, 0),
     )
-    (half,) = one_pass(squared_distance_backward, tensors, parameters, BOUNDS)
-    assert torch.equal(half, squared_distance_backward(tensors, parameters, BOUNDS, 0)[0])
+    upstream = (*parameters, torch.tensor([0.7]))
+    (grad,) = one_pass(squared_distance_backward, tensors, upstream, BOUNDS)
+    assert torch.equal(grad, squared_distance_backward(tensors, upstream, BOUNDS, 0)[0])
 
 
+@pytest.mark.parametrize("way", ["compiled"], indirect=True)
 def test_one_kernel_takes_any_shape_and_any_bounds(way, monkeypatch):
-    if way != "compiled":
-        pytest.skip("the other way compiles nothing")
     monkeypatch.setattr(kernels, "_kernels", {})
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for step in range(2, 20):
@@ -194,39 +195,116 @@ class CountedSyncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_tick_never_waits_for_the_device(make_prepared, way):
+def test_tick_never_waits_for_the_device(make_prepared):
     model = make_prepared()
     tracker = OscillationTracker(model, momentum=0.5)
     tracker.tick(0.1)  # what the first one sets up, and compiles
     tracker.tick()
-    if way == "compiled":
-        return  # a compiled function has no place to wait in: it was traced whole
-    with CountedSyncs():
+    with CountedSyncs() as counted:
         tracker.tick()
         tracker.tick(0.1)
+    assert counted.launches > 0
 
 
-def test_tick_runs_one_kernel_for_each_layer(make_prepared, monkeypatch, way):
+def test_tick_runs_one_kernel_for_each_layer(make_prepared, monkeypatch):
     model = make_prepared(weight_bits=4)
     tracker = OscillationTracker(model)
     tracker.tick(0.1)
     calls = []
-    original = kernels._compiled if way == "compiled" else kernels._in_chunks
 
-    def counted(function, *args):
+    def counted(function, *args, **kwargs):
         calls.append(function)
-        return original(function, *args)
+        return one_pass(function, *args, **kwargs)
 
-    monkeypatch.setattr(kernels, original.__name__, counted)
+    monkeypatch.setattr("hf_oscqat.remedies.tracker.one_pass", counted)
     tracker.tick(0.1)
     assert calls == [track] * len(tracker.layers)
 
 
+@pytest.mark.parametrize("way", ["compiled"], indirect=True)
+class TestLaunches:
+    """From the second call on, a compiled kernel is called around torch.compile."""
+
+    @pytest.fixture(autouse=True)
+    def _no_kernels_yet(self, way, monkeypatch):
+        monkeypatch.setattr(kernels, "_kernels", {})
+
+    @staticmethod
+    def quantized(x, scale, axis=0):
+        return one_pass(quantize, (x, None, None), (scale, None), BOUNDS, axis=axis, static=(STRAIGHT_THROUGH, None))[
+            0
+        ]
+
+    @staticmethod
+    def plain(x, scale, axis=0):
+        return quantize((x, None, None), (scale, None), BOUNDS, axis, STRAIGHT_THROUGH, None)[0]
+
+    @pytest.fixture
+    def compiler_calls(self, monkeypatch):
+        calls = []
+        original = kernels._Kernel.__call__
+
+        def counted(kernel, arguments):
+            calls.append(arguments[0].shape)
+            return original(kernel, arguments)
+
+        monkeypatch.setattr(kernels._Kernel, "__call__", counted)
+        return calls
+
+    def test_other_lengths_need_no_torch_compile(self, compiler_calls):
+        scale = torch.tensor([0.1])
+        for n in (100, 99, 4097, 12_345):
+            x = torch.randn(n)
+            assert torch.equal(self.quantized(x, scale), self.plain(x, scale))
+        assert compiler_calls == [(100,)]
+
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_any_number_of_threads(self, threads):
+        before = torch.get_num_threads()
+        x, scale = torch.randn(20_000), torch.tensor([0.1])
+        self.quantized(x, scale)
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(self.quantized(x, scale), self.plain(x, scale))
+        finally:
+            torch.set_num_threads(before)
+
+    def test_channels_that_equal_another_size_do_not_stand_for_it(self, compiler_calls):
+        for shape in ((12, 12), (12, 20), (20, 12), (1, 12), (12, 1), (30, 30), (12, 5), (9, 13)):
+            x, scale = torch.randn(shape), torch.rand(shape[0]) + 0.1
+            if shape[0] > 1:
+                assert torch.equal(self.quantized(x, scale), self.plain(x, scale)), shape
+        # Seen as [1, channels, values]: any two sizes, equal sizes, one value a channel; 5 might be that of bounds.
+        assert compiler_calls == [(1, 12, 12), (1, 12, 20), (1, 12, 1), (1, 12, 5)]
+
+    @pytest.mark.parametrize("n", [1, 2, 3, 8, 9])
+    def test_few_values(self, n):
+        scale = torch.tensor([0.1])
+        self.quantized(torch.randn(50), scale)
+        x = torch.randn(n)
+        assert torch.equal(self.quantized(x, scale), self.plain(x, scale))
+
+    def test_the_same_tensor_twice_is_two_tensors_the_next_time(self):
+        scale, static = torch.tensor([0.1]), (STRAIGHT_THROUGH, None)
+        same, other = torch.randn(2, 50)
+        for x, grad in ((same, same), (same, other), (other, same)):
+            tensors = (x, grad, None, None)
+            grads = one_pass(quantize_backward, tensors, (scale, None), BOUNDS, static=static)
+            assert_same(grads, quantize_backward(tensors, (scale, None), BOUNDS, 0, *static))
+
+    def test_nothing_is_held_on_to(self):
+        x = torch.randn(50)
+        self.quantized(x, torch.tensor([0.1]))
+        alive = weakref.ref(x)
+        del x
+        assert alive() is None
+        assert all(not kernel._calls for kernel in kernels._kernels.values())
+
+
+@pytest.mark.parametrize("way", ["compiled"], indirect=True)
 class TestWithoutACompiler:
     @pytest.fixture(autouse=True)
     def _broken(self, way, monkeypatch):
-        if way != "compiled":
-            pytest.skip("the other way compiles nothing")
         monkeypatch.setattr(kernels, "_kernels", {})
 
         def refuse(*args, **kwargs):
@@ -248,10 +326,9 @@ class TestWithoutACompiler:
         assert "long story" not in message
 
 
+@pytest.mark.parametrize("way", ["in chunks"], indirect=True)
 @pytest.mark.parametrize(("value", "expected"), [("0", "False"), ("1", "True"), (None, "True")])
 def test_environment_variable_keeps_the_compiler_out(value, expected, way):
-    if way == "compiled":
-        pytest.skip("once is enough")
     environment = {k: v for k, v in os.environ.items() if k != "OSCQAT_FUSED_KERNELS"}
     environment |= {} if value is None else {"OSCQAT_FUSED_KERNELS": value}
     # As a file, because importing the package would take seconds.

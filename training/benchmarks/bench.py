@@ -167,10 +167,11 @@ class Trainee:
         self.forward: Callable[[Tensor], Tensor] = torch.compile(wrapped) if row.compiled else wrapped
 
     def loss(self) -> Tensor:
-        """Forward, cross entropy and what the remedy adds."""
+        """What the remedy adds, forward and cross entropy, in the order of `OscQATTrainer`."""
+        extra = DAMPENING_WEIGHT * dampening_loss(self.model) if self.row.remedy == "dampen" else 0
         with self.autocast:
             loss = F.cross_entropy(self.forward(self.images), self.labels)
-        return loss + DAMPENING_WEIGHT * dampening_loss(self.model) if self.row.remedy == "dampen" else loss
+        return loss + extra
 
     def step(self) -> None:
         """Take a whole training step."""
