@@ -17,10 +17,21 @@ MAY_IMPORT = {
     "remedies": {"quantization", "remedies"},
     "config": {"quantization", "remedies"},
     "prepare": {"quantization", "remedies", "config"},
+    "diagnosis": {"quantization", "remedies"},
     "checkpoint": {"quantization"},
     "report": {"quantization", "remedies", "config", "prepare", "checkpoint", "report"},
     "hub": {"quantization", "remedies", "config", "prepare", "checkpoint", "report", "hub"},
-    "integration": {"quantization", "remedies", "config", "prepare", "checkpoint", "report", "hub", "integration"},
+    "integration": {
+        "quantization",
+        "remedies",
+        "config",
+        "prepare",
+        "diagnosis",
+        "checkpoint",
+        "report",
+        "hub",
+        "integration",
+    },
     "studies": {"quantization", "remedies", "config", "prepare", "report", "integration", "studies"},
 }
 EVERYTHING = {"__init__", "cli", "__main__"}

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 import torch
 import yaml
 from transformers import HfArgumentParser
@@ -114,6 +115,9 @@ NOT_READ = {
 }
 """Arguments of transformers that would be without effect here, and what to use."""
 
+SECRETS = ("hub_token",)
+"""Keys that are used and never written down."""
+
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, RunArguments, OscQATTrainingArguments)
 
 
@@ -151,16 +155,69 @@ def parse(argv: list[str]) -> Settings:
         flat["use_cpu"] = True  # otherwise each process would take itself for the only one
     # argparse knows how to turn the text or number of each key into the type of its field.
     model, data, run, training = _parser().parse_args_into_dataclasses(_to_argv(flat), look_for_args_file=False)
+    announced = _announced_processes()
+    if processes == 1 and announced > 1:
+        raise RecipeError(
+            f"got one process from a launcher that was told to start {announced}, expected as many: accelerate starts "
+            "one only with --cpu, and with MULTI_CPU in its configuration. Use accelerate launch --config_file "
+            "training/accelerate/cpu_2proc.yaml, or --multi_gpu on GPUs"
+        )
     if training.world_size != processes:
         raise RecipeError(
             f"got {processes} processes from the launcher but {training.world_size} in training, expected as many: "
             "each would train alone"
         )
-    return Settings(model, data, run, training, config, recipe, shlex.join(["training/run_qat.py", *argv]))
+    for secret in SECRETS:
+        recipe.pop(secret, None)
+    return Settings(model, data, run, training, config, recipe, _command(argv))
+
+
+def _command(argv: list[str]) -> str:
+    """The command line for card and results, without its secrets."""
+    shown = list(argv)
+    for i, token in enumerate(argv):
+        name, _, value = token.removeprefix("--").replace("-", "_").partition("=")
+        if token.startswith("--") and name in SECRETS:
+            if value:
+                shown[i] = f"--{name}=***"
+            elif i + 1 < len(argv):
+                shown[i + 1] = "***"
+    return shlex.join(["training/run_qat.py", *shown])
 
 
 def _launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _announced_processes() -> int:
+    """How many processes the launcher that started this one was told to start; 1 where nobody says.
+
+    accelerate tells its children nothing about it where it starts a single one, so its command line is asked.
+    """
+    try:
+        launcher = psutil.Process().parent()
+        command = [] if launcher is None else launcher.cmdline()
+    except psutil.Error:
+        return 1
+    if not any("accelerate" in part or "torchrun" in part or "torch.distributed.run" in part for part in command[:4]):
+        return 1
+    script = next((i for i, part in enumerate(command) if part.endswith("run_qat.py")), len(command))
+    options = command[:script]
+    told = _value_of(options, "num_processes", "nproc_per_node")
+    if told is None and (path := _value_of(options, "config_file")) is not None:
+        try:
+            told = str(yaml.safe_load(Path(path).read_text(encoding="utf-8"))["num_processes"])
+        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            return 1
+    return int(told) if told is not None and told.isdigit() else 1
+
+
+def _value_of(options: list[str], *names: str) -> str | None:
+    for i, option in enumerate(options):
+        name, _, value = option.lstrip("-").replace("-", "_").partition("=")
+        if option.startswith("--") and name in names:
+            return value or next(iter(options[i + 1 : i + 2]), None)
+    return None
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:

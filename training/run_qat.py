@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from arguments import ModelArguments, RunArguments, Settings, load_recipe, parse
 from hf_oscqat import OscQATTrainer, OscQATTrainingArguments, calibrate, describe, pack, prepare_qat
 from hf_oscqat.checkpoint import packed_layers
 from hf_oscqat.config import OscQATConfig
 from hf_oscqat.hub.card import render_card
+from hf_oscqat.integration.checkpoints import fresh_folder, last_good_checkpoint, put_in_place, whole_folder
 from hf_oscqat.integration.data import (
     ImageData,
     ImageDataset,
@@ -41,12 +41,13 @@ from hf_oscqat.integration.data import (
     collate,
     load_image_data,
     loading_speed,
+    randomness_of,
     resolve_data_config,
 )
 from hf_oscqat.integration.evaluate import Evaluation, accuracy_metrics, evaluate_accuracy, keep_top5
+from hf_oscqat.integration.image_trainer import ImageTrainer
 from hf_oscqat.integration.models import timm_wrapper
 from hf_oscqat.integration.pixels import normalize_pixels
-from hf_oscqat.integration.trainer import ImageTrainer, fixed_randomness
 from hf_oscqat.quantization.layers import quantized_layers
 from hf_oscqat.remedies import REMEDIES
 from hf_oscqat.report.pictures import draw_distances, draw_oscillation
@@ -57,6 +58,7 @@ __all__ = ["ModelArguments", "RunArguments", "load_recipe", "main", "parse"]
 logger = logging.getLogger("run_qat")
 
 RECIPE, RESULTS, BEFORE = "recipe.yaml", "results.json", "before_training.json"
+PACKED_BESIDE = ".packed.writing"
 # What may differ between a run and its continuation: where it writes and what it shows, not what it computes.
 FREE_TO_CHANGE = {
     "output_dir", "logging_steps", "logging_strategy", "report_to", "disable_tqdm", "save_total_limit", "log_level",
@@ -120,26 +122,32 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     data_speed = _data_speed(data, trainer)
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.evaluate()  # re-estimates batch-norm on the final weights
-    trainer.save_model(str(output_dir / "qat"))
+    with training.main_process_first():
+        if training.should_save:
+            with whole_folder(output_dir / "qat") as folder:
+                trainer.save_model(str(folder))
     trainer.save_state()
 
     # In mixed precision accelerate has wrapped forward; what is packed and checked is the float32 model.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).cpu().eval()
     # In another memory format convolutions sum in another order, and a value on a rounding threshold would flip.
     model = model.to(memory_format=torch.contiguous_format)
-    packed_dir = output_dir / "packed"
+    # Beside its place until it has been checked and has its card.
+    beside = output_dir / PACKED_BESIDE
     if training.should_save:
         packed: PreTrainedModel = pack(model)
-        packed.save_pretrained(packed_dir)
+        packed.save_pretrained(fresh_folder(beside))
     trainer.accelerator.wait_for_everyone()
-    loaded = AutoModelForImageClassification.from_pretrained(packed_dir)
+    loaded = AutoModelForImageClassification.from_pretrained(beside)
     difference = _largest_difference(model, loaded, data.validation)
     if not difference <= 1e-5:
         raise RuntimeError(f"the packed model differs from the trained one by {difference:.1e} of the largest logit")
     evaluations["packed"] = _evaluate(loaded, data.validation, training)
     results = _results(settings, data, trainer, evaluations, difference, outcome.metrics, data_speed)
     if training.should_save:
-        _publish(output_dir, packed_dir, settings, results, trainer)
+        _publish(output_dir, beside, settings, results, trainer)
+        put_in_place(beside, output_dir / "packed")
+        _write_json(output_dir / RESULTS, results)
         show(results)
     return results
 
@@ -169,7 +177,7 @@ def open_output_dir(output_dir: Path, settings: Settings) -> str | None:
                 f"got output_dir {output_dir} with a run that was told otherwise about {', '.join(changed)}; expected "
                 "the same settings to continue it, or another --output_dir to begin anew"
             )
-        checkpoint = get_last_checkpoint(str(output_dir))
+        checkpoint = last_good_checkpoint(output_dir)
         logger.info("continuing the run in %s from %s", output_dir, checkpoint or "its beginning")
         return checkpoint
     if output_dir.is_dir() and any(output_dir.iterdir()):
@@ -246,7 +254,7 @@ def _train_float(model: PreTrainedModel, data: ImageData, settings: Settings, fi
         compute_metrics=accuracy_metrics,
         preprocess_logits_for_metrics=keep_top5,
     )
-    checkpoint = get_last_checkpoint(str(finished)) if finished.is_dir() else None
+    checkpoint = last_good_checkpoint(finished)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     # In mixed precision accelerate has wrapped forward; the baselines are those of the float32 model.
@@ -267,6 +275,7 @@ def _set_transforms(model: PreTrainedModel, data: ImageData, settings: Settings)
     data.validation.transform = eval_transform
     if data.train is not None:
         data.train.transform = train_transform
+        data.train.seed = settings.training.seed
 
 
 def _calibration_batches(model: PreTrainedModel, data: ImageData, settings: Settings) -> Iterator[torch.Tensor]:
@@ -304,7 +313,7 @@ def _data_speed(data: ImageData, trainer: OscQATTrainer) -> float:
     """Images per second that the loaders of all processes, running at once, deliver where no model is waited for."""
     assert data.train is not None
     args = trainer.args
-    with fixed_randomness(args.seed):
+    with randomness_of(args.seed):
         speed = loading_speed(
             data.train,
             batch_size=args.per_device_train_batch_size,
@@ -399,7 +408,7 @@ def _results(
         "accuracy": {"float": None, "rounded": None} | {k: asdict(v) for k, v in evaluations.items()},
         "bytes": {
             "float": _float_bytes(model),
-            "packed": os.path.getsize(Path(training.output_dir, "packed", "model.safetensors")),
+            "packed": os.path.getsize(Path(training.output_dir, PACKED_BESIDE, "model.safetensors")),
         },
         "oscillation": None
         if not log
@@ -499,7 +508,6 @@ def _publish(
         before = json.loads((output_dir / BEFORE).read_text(encoding="utf-8"))
         draw_distances(before, distance_histogram(trainer.model).to_dict(), packed_dir / "distances.png")
     _write(packed_dir / RECIPE, yaml.safe_dump(json.loads(json.dumps(settings.recipe)), sort_keys=False))
-    _write_json(output_dir / RESULTS, results)
     _write_json(packed_dir / RESULTS, results)
     _write(packed_dir / "README.md", str(render_card(results)))
 

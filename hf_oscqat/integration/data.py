@@ -8,8 +8,10 @@ starts, in the words of the command line.
 import io
 import logging
 import os
+import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -291,10 +293,14 @@ class _DecodedSource:
 class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Some of the images of a source, as {"pixel_values": [3, height, width], "labels": int}.
 
+    With a seed, the random numbers that the transform draws depend on seed, epoch and image alone, whichever process
+    or worker prepares it and whatever it has prepared before.
+
     Attributes:
         source: where the images are.
         indices: int64, which of them, in order.
         transform: turns an RGB image into `pixel_values`; None until it is set.
+        seed: None to draw from the generators as they are.
     """
 
     def __init__(self, source: ImageSource, indices: np.ndarray | None = None) -> None:
@@ -302,6 +308,18 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.source = source
         self.indices = np.arange(len(source.labels)) if indices is None else indices
         self.transform: Transform | None = None
+        self.seed: int | None = None
+        # Shared, because persistent workers keep their own copy of everything else.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other random numbers than in other epochs, in worker processes too."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def epoch(self) -> int:
+        """What `set_epoch` was last told; 0 at first."""
+        return int(self._epoch)
 
     @property
     def labels(self) -> np.ndarray:
@@ -321,10 +339,10 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """
         if self.transform is None:
             raise RuntimeError("Got a dataset without a transform; set `transform`, see `build_transforms`.")
-        return {
-            "pixel_values": self.transform(self.open(position)),
-            "labels": int(self.source.labels[self.indices[position]]),
-        }
+        image, index = self.open(position), int(self.indices[position])
+        with nullcontext() if self.seed is None else randomness_of(self.seed, self.epoch, index):
+            pixel_values = self.transform(image)
+        return {"pixel_values": pixel_values, "labels": int(self.source.labels[index])}
 
     def open(self, position: int) -> Image.Image:
         """Decode one image to RGB.
@@ -354,6 +372,26 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         images = _decode_all(self, self.open, "Decoding images")
         decoded = dict(zip(self.indices.tolist(), images, strict=True))
         return ImageDataset(_DecodedSource(self.source, decoded), self.indices)
+
+
+@contextmanager
+def randomness_of(*key: int) -> Iterator[None]:
+    """Seed the generators of Python, numpy and torch (CPU) by some numbers, and leave them as they were before.
+
+    Args:
+        *key: numbers of at least 0, such as seed, epoch and index.
+    """
+    first, *others = (int(number) for number in np.random.SeedSequence(key).generate_state(3))
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(first)
+    np.random.seed(others[0])
+    torch.default_generator.manual_seed(others[1])
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 @dataclass

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch.optim import Adam, Optimizer
 
-MIN_SCALE = 1e-8
-"""Scales are kept at or above this after each step: one that reaches zero would turn its layer into NaN."""
+from hf_oscqat.quantization.functional import MIN_SCALE
 
 
 class OscQATOptimizer(Optimizer):

@@ -7,12 +7,11 @@ loop with the same functions.
 import contextlib
 import logging
 import os
-import random
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -20,18 +19,18 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINING_ARGS_NAME
 
 from hf_oscqat.config import OscQATConfig
+from hf_oscqat.diagnosis import compare_ranks, dead_quantizers, not_finite, scales_at_minimum
+from hf_oscqat.integration.data import randomness_of
 from hf_oscqat.integration.evaluate import accuracy_metrics, keep_top5
+from hf_oscqat.integration.image_trainer import ImageTrainer
 from hf_oscqat.integration.optimizer import create_optimizer
-from hf_oscqat.integration.pixels import normalize_pixels
 from hf_oscqat.prepare import model_parameters, quantizer_parameters
 from hf_oscqat.quantization.layers import quantized_layers, quantizers
 from hf_oscqat.remedies.base import take_tick
@@ -60,6 +59,8 @@ class OscQATTrainingArguments(TrainingArguments):
         decay_norm_and_bias: whether weight decay also acts on biases and normalisation, as in the published code.
         channels_last: use the memory format that GPUs with tensor cores prefer for convolutions.
         track_oscillations: keep oscillation statistics also when no remedy needs them, for the log and the report.
+        max_skipped_steps: a step whose gradient is not finite is not made; this many in a row end training.
+        compare_ranks_steps: every so many steps the processes compare weights, scales and statistics; 0 never does.
 
     Raises:
         ValueError: if FSDP or DeepSpeed is asked for, or `weight_optimizer` is unknown.
@@ -71,6 +72,8 @@ class OscQATTrainingArguments(TrainingArguments):
     decay_norm_and_bias: bool = field(default=True, metadata={"help": "Weight decay on biases and normalisation."})
     channels_last: bool = field(default=False, metadata={"help": "Use the channels_last memory format."})
     track_oscillations: bool = field(default=True, metadata={"help": "Keep oscillation statistics."})
+    max_skipped_steps: int = field(default=10, metadata={"help": "Steps in a row without a finite gradient, at most."})
+    compare_ranks_steps: int = field(default=100, metadata={"help": "Steps between comparisons of the processes."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the weights' learning rate."})
     learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of the weights."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step, whatever logging_steps."})
@@ -98,26 +101,6 @@ class OscQATTrainingArguments(TrainingArguments):
             )
 
 
-class ImageTrainer(Trainer):
-    """transformers' Trainer for images that arrive as uint8, or as floats.
-
-    Its `training_args.bin`, a pickle, does not stay in what it saves.
-    """
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
-        if isinstance(inputs.get("pixel_values"), torch.Tensor):
-            inputs["pixel_values"] = normalize_pixels(inputs["pixel_values"], self.model.config)
-        return inputs
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model and config."""
-        super().save_model(output_dir, _internal_call=_internal_call)
-        if self.args.should_save:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
-
-
 class OscQATTrainer(ImageTrainer):
     """Trains a prepared and calibrated model, with the remedies of its config.
 
@@ -129,6 +112,7 @@ class OscQATTrainer(ImageTrainer):
     Attributes:
         tracker: the oscillation tracker.
         remedies: what acts against oscillation.
+        skipped_steps: steps of this process that were not made, because their gradient was not finite.
 
     Raises:
         ValueError: if the model is not prepared or not calibrated, or batch-norm is to be re-estimated from a dataset
@@ -161,6 +145,10 @@ class OscQATTrainer(ImageTrainer):
             raise ValueError("got track_oscillations=False with remedies in the config, which need the tracker")
         self._remedy_losses: dict[str, Any] = {}
         self._loss_count = 0
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._dead: list[str] = []
+        self._warned: set[str] = set()
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(_LogLastStep)
         if self._reestimates and self.train_dataset is not None and not isinstance(self.train_dataset, Sized):
@@ -206,6 +194,24 @@ class OscQATTrainer(ImageTrainer):
                 group["lr"] = scheduler.base_lrs[i]
         return scheduler
 
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one batch; a gradient that is not finite is dropped, and with it the step.
+
+        Gradients are summed over the processes by then, so all of them drop the same ones. In fp16 the scaler does it.
+
+        Raises:
+            RuntimeError: after `max_skipped_steps` in a row, with the names of the parameters.
+        """
+        loss = super().training_step(model, *args, **kwargs)
+        if self.accelerator.sync_gradients and self.accelerator.scaler is None:
+            named = [(name, parameter.grad) for name, parameter in self.model.named_parameters()]
+            bad = not_finite(named)
+            if bad:
+                for parameter in self.model.parameters():
+                    parameter.grad = None
+            self._note_skipped(bad)
+        return loss
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -245,7 +251,9 @@ class OscQATTrainer(ImageTrainer):
             self.reestimate_batchnorm()
         else:
             average_over_processes(batchnorm_layers(self.model))
-        return super().evaluate(*args, **kwargs)
+        metrics = super().evaluate(*args, **kwargs)
+        self._warn_once(self._dead, "every value has the same integer: what passes through says nothing")
+        return metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, and keep nothing that was cached meanwhile; the model stays in evaluation mode."""
@@ -261,8 +269,8 @@ class OscQATTrainer(ImageTrainer):
 
     def reestimate_batchnorm(self) -> None:
         """Re-estimate batch-norm statistics on training batches, the same ones each time, shared among processes."""
-        batches = self.oscqat_config.batchnorm_reestimation_batches
-        wanted = batches * self.args.train_batch_size * self.args.world_size
+        wanted = self.oscqat_config.batchnorm_reestimation_batches
+        wanted *= self.args.train_batch_size * self.args.world_size
         generator = torch.Generator().manual_seed(self.args.seed)
         indices = torch.randperm(len(self.train_dataset), generator=generator)[:wanted].tolist()
         world_size, rank = self.args.world_size, self.args.process_index
@@ -279,10 +287,14 @@ class OscQATTrainer(ImageTrainer):
         model = self.accelerator.unwrap_model(self.model)
         shown = not self.args.disable_tqdm and self.is_local_process_zero()
         # Evaluation before training meets a model that accelerate has not wrapped yet.
-        with fixed_randomness(self.args.seed), self.accelerator.autocast():
+        with randomness_of(self.args.seed), _at_first_epoch(self.train_dataset), self.accelerator.autocast():
             progress = tqdm(loader, desc="Re-estimating batch-norm", leave=False, disable=not shown)
-            images = (self._images(batch) for batch in progress)
-            reestimate_batchnorm(model, images, total_variance=self.oscqat_config.batchnorm_total_variance)
+            batches = map(self._images, progress)
+            first = next(batches)
+            reestimate_batchnorm(
+                model, chain([first], batches), total_variance=self.oscqat_config.batchnorm_total_variance
+            )
+            self._dead = dead_quantizers(model, first)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Each process has seen other images; without this, rank 0's statistics would be saved and the others' lost.
@@ -300,8 +312,36 @@ class OscQATTrainer(ImageTrainer):
         return self.accelerator.clip_grad_norm_(model_parameters(self.model), self.args.max_grad_norm)
 
     def _tick(self, *_: Any) -> None:
+        if self._skipped_in_a_row:  # without a gradient the optimizer does nothing either
+            return
         if self.tracker is not None:
             take_tick(self.tracker, self.remedies, self.step, self.state.max_steps)
+        every = self.args.compare_ranks_steps
+        if self.args.world_size > 1 and every > 0 and self.step % every == 0:
+            compare_ranks(self.model, self.step)
+
+    def _note_skipped(self, bad: list[str]) -> None:
+        if not bad:
+            self._skipped_in_a_row = 0
+            return
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        where = f"{', '.join(bad[:3])}" + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        if self._skipped_in_a_row > self.args.max_skipped_steps:
+            values = not_finite(self.model.named_parameters())
+            raise RuntimeError(
+                f"got {self._skipped_in_a_row} steps in a row without a finite gradient, the last one in {where}, "
+                f"expected at most {self.args.max_skipped_steps}. Not finite themselves: "
+                f"{', '.join(values[:3]) or 'no weights'}. Lower the learning rate, look at the data, or continue "
+                "from a checkpoint before this began"
+            )
+        logger.warning("step %d is not made: its gradient is not finite in %s", self.step, where)
+
+    def _warn_once(self, names: list[str], message: str) -> None:
+        for name in names:
+            if f"{name}: {message}" not in self._warned:
+                self._warned.add(f"{name}: {message}")
+                logger.warning("%s: %s", name, message)
 
     @property
     def _reestimates(self) -> bool:
@@ -325,6 +365,11 @@ class OscQATTrainer(ImageTrainer):
             scalars["oscillating_percent"] = 100 * self.tracker.oscillating_fraction
             scalars["scale_caused_percent"] = 100 * self.tracker.scale_caused_fraction
             scalars["frozen_percent"] = 100 * self.tracker.frozen_fraction
+        at_minimum = scales_at_minimum(self.model)
+        scalars["skipped_steps"] = self.skipped_steps
+        scalars["scales_at_minimum"] = len(at_minimum)
+        scalars["dead_quantizers"] = len(self._dead)
+        self._warn_once(at_minimum, "training tried to make this scale zero or negative; it is kept at its minimum")
         step = max(1, self.state.global_step)
         for remedy in self.remedies:
             scalars |= remedy.scalars(step, self.state.max_steps)
@@ -348,15 +393,14 @@ def _constant(step: int) -> float:
 
 
 @contextlib.contextmanager
-def fixed_randomness(seed: int) -> Iterator[None]:
-    """Draw the same augmentations each time, and leave the generators that training uses as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+def _at_first_epoch(dataset: Any) -> Iterator[None]:
+    """Let a dataset that draws by the epoch draw what it drew in the first one."""
+    if not hasattr(dataset, "set_epoch"):
+        yield
+        return
+    epoch = getattr(dataset, "epoch", 0)
+    dataset.set_epoch(0)
+    try:
+        yield
+    finally:
+        dataset.set_epoch(epoch)

@@ -24,6 +24,9 @@ from hf_oscqat.quantization.kernels import in_transform, one_pass
 Activation = tuple[float, float]
 """Smallest and largest value that an activation lets through: `(0.0, 6.0)` for ReLU6, `(0.0, inf)` for ReLU."""
 
+MIN_SCALE = 1e-8
+"""Every computation takes scales at or above this, whatever an optimizer made of them."""
+
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -66,6 +69,11 @@ def broadcast_to_axis(parameter: Tensor, ndim: int, axis: int) -> Tensor:
     shape = [1] * ndim
     shape[axis] = -1
     return parameter.reshape(shape)
+
+
+def positive_scale(scale: Tensor, dtype: torch.dtype, ndim: int, axis: int) -> Tensor:
+    """The scale as it is computed with: `MIN_SCALE` at least, in this dtype, broadcasting; see `broadcast_to_axis`."""
+    return broadcast_to_axis(scale.to(dtype).clamp(min=MIN_SCALE), ndim, axis)
 
 
 def _grid_zero(zero_point: Tensor | None, qmin: int, qmax: int) -> Tensor | int:
@@ -121,7 +129,7 @@ def _round_to_grid(
     rounding: Callable[[Tensor], Tensor],
 ) -> Tensor:
     dtype = _compute_dtype(x, scale)
-    x_int = rounding(x.to(dtype) / broadcast_to_axis(scale.to(dtype), x.ndim, axis))
+    x_int = rounding(x.to(dtype) / positive_scale(scale, dtype, x.ndim, axis))
     if zero_point is not None:
         x_int += _grid_zero(broadcast_to_axis(zero_point.to(dtype), x.ndim, axis), qmin, qmax)
     x_int = x_int.clamp(qmin, qmax)  # not in place, for which torch.func.vmap has no rule
@@ -227,7 +235,7 @@ def quantize(
         x_int -= _grid_zero(broadcast_to_axis(zero_point.to(x_int.dtype), x.ndim, axis), qmin, qmax)
     # Dynamo of torch 2.11 loses all gradients where an autograd function returns what was written in place or what a
     # cast without effect gave.
-    y = x_int * broadcast_to_axis(scale.to(x_int.dtype), x.ndim, axis)
+    y = x_int * positive_scale(scale, x_int.dtype, x.ndim, axis)
     return (y if y.dtype == x.dtype else y.to(x.dtype),)
 
 
@@ -251,7 +259,7 @@ def quantize_backward(
     scale, zero_point = parameters
     qmin, qmax = bounds
     dtype = _compute_dtype(x, scale)
-    s = broadcast_to_axis(scale.to(dtype), x.ndim, axis)
+    s = positive_scale(scale, dtype, x.ndim, axis)
     z = None if zero_point is None else broadcast_to_axis(zero_point.to(dtype), x.ndim, axis)
     grad = grad_output.to(dtype)
 

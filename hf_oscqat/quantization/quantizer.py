@@ -18,6 +18,7 @@ from hf_oscqat.quantization.functional import (
     is_frozen,
     live_sentinel,
     lsq_gradient_scale,
+    positive_scale,
     to_int,
 )
 from hf_oscqat.quantization.gradient_estimators import (
@@ -166,7 +167,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def to_real(self, x_int: Tensor) -> Tensor:
         """Real values of integers of this grid, `scale * (x_int - zero_point)`; no gradient."""
-        scale = broadcast_to_axis(self.scale, x_int.ndim, self.axis)
+        scale = positive_scale(self.scale, self.scale.dtype, x_int.ndim, self.axis)
         if self.zero_point is None:
             return x_int * scale
         zero = broadcast_to_axis(self.zero_point, x_int.ndim, self.axis).round().clamp(self.qmin, self.qmax)
@@ -174,7 +175,7 @@ class Quantizer(nn.Module):
 
     def to_grid(self, x: Tensor) -> Tensor:
         """Where `x` lies between the integers of this grid: `x / scale + zero_point`, neither rounded nor clamped."""
-        position = x / broadcast_to_axis(self.scale, x.ndim, self.axis)
+        position = x / positive_scale(self.scale, self.scale.dtype, x.ndim, self.axis)
         if self.zero_point is None:
             return position
         zero = broadcast_to_axis(self.zero_point, x.ndim, self.axis).round()

@@ -29,11 +29,12 @@ from hf_oscqat.integration.data import (
     build_transforms,
     collate,
     load_image_data,
+    randomness_of,
     resolve_data_config,
 )
 from hf_oscqat.integration.evaluate import evaluate_accuracy
 from hf_oscqat.integration.models import timm_wrapper
-from hf_oscqat.integration.trainer import OscQATTrainer, OscQATTrainingArguments, fixed_randomness
+from hf_oscqat.integration.trainer import OscQATTrainer, OscQATTrainingArguments
 from hf_oscqat.prepare import calibrate, prepare_qat
 
 logger = logging.getLogger(__name__)
@@ -212,7 +213,7 @@ class Experiment:
         )
         batches = iter(loader)
         for i in range(len(loader)):
-            with fixed_randomness(seed + i):  # of the augmentation; the caller's own goes on as if nothing were drawn
+            with randomness_of(seed + i):  # of the augmentation; the caller's own goes on as if nothing were drawn
                 batch = next(batches)
             yield batch if labels else {"pixel_values": batch["pixel_values"]}
 

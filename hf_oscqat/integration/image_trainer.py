@@ -1,0 +1,206 @@
+"""`ImageTrainer`: transformers' Trainer for images, which can be killed at any moment and continues exactly."""
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from hf_oscqat.integration.checkpoints import (
+    PREFIX,
+    checkpoints,
+    fresh_folder,
+    last_good_checkpoint,
+    put_in_place,
+    what_is_wrong,
+    write_manifest,
+)
+from hf_oscqat.integration.pixels import normalize_pixels
+
+EXIT_CODE = 128 + signal.SIGTERM
+"""Code that a preempted run exits with: 143, as a shell reports a process that SIGTERM has ended."""
+STEPS_BETWEEN_QUESTIONS = 10
+"""Several processes ask each other only so often whether one of them was told to stop, because asking takes a wait."""
+
+
+class Preempted(SystemExit):
+    """SIGTERM ended training after a checkpoint was saved; the same command continues. The code is 143."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(EXIT_CODE)
+        self.step = step
+
+
+class ImageTrainer(Trainer):
+    """Trains on images that arrive as uint8, or as floats, and writes only what is whole.
+
+    - A checkpoint is written beside its place, with a list of its files, and renamed; `train(True)` continues from the
+      newest one that matches its list.
+    - SIGTERM during `train` saves a checkpoint at the end of the step (of several processes: within ten steps) and
+      raises `Preempted`. A second one ends the process at once.
+    - A dataset with `set_epoch` is told the epoch, so that it can draw the same augmentation again.
+    - No pickle of the arguments is written.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._writing: Path | None = None
+        self._preemption = _Preemption()
+        self.add_callback(self._preemption)
+        self.add_callback(_TellEpoch(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from the beginning or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or True for the newest good one in `output_dir`.
+            *args: as in transformers.
+            **kwargs: as in transformers.
+
+        Raises:
+            ValueError: if the checkpoint is damaged, or there is no good one.
+            Preempted: after SIGTERM.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_good_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"got no good checkpoint in {self.args.output_dir}, expected one to continue from")
+        elif resume_from_checkpoint:
+            problem = what_is_wrong(resume_from_checkpoint)
+            if problem is not None:
+                raise ValueError(
+                    f"got checkpoint {resume_from_checkpoint}, expected one to continue from, but {problem}: take an "
+                    "earlier one, or begin anew in another output_dir"
+                )
+        with self._preemption.heeded():
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._preemption.stopped:
+            raise Preempted(self.state.global_step)
+        return output
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if isinstance(inputs.get("pixel_values"), torch.Tensor):
+            inputs["pixel_values"] = normalize_pixels(inputs["pixel_values"], self.model.config)
+        return inputs
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save model and config, and the processing class if there is one; not the arguments, which are a pickle."""
+        if not self.args.should_save:
+            return
+        folder = str(self.args.output_dir) if output_dir is None else output_dir
+        os.makedirs(folder, exist_ok=True)
+        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
+            folder, state_dict=state_dict
+        )
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX}{self.state.global_step}"
+        beside = run_dir / ".writing"
+        if self.args.should_save:
+            fresh_folder(beside)
+        self.accelerator.wait_for_everyone()
+        self._writing = beside
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writing = None
+        self.accelerator.wait_for_everyone()
+        best = self.state.best_global_step
+        if best and (best == self.state.global_step or (run_dir / f"{PREFIX}{best}").is_dir()):
+            self.state.best_model_checkpoint = str(run_dir / f"{PREFIX}{best}")
+        if self.args.should_save:
+            self.state.save_to_json(str(beside / name / "trainer_state.json"))
+            write_manifest(beside / name)
+            put_in_place(beside / name, run_dir / name)
+            shutil.rmtree(beside, ignore_errors=True)
+            self._drop_damaged(run_dir)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _drop_damaged(self, run_dir: Path) -> None:
+        """Remove checkpoints of later steps, which were damaged or this run would have continued from them."""
+        for path in checkpoints(run_dir):
+            if int(path.name.removeprefix(PREFIX)) > self.state.global_step:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+class _Preemption(TrainerCallback):
+    """Ends training with a checkpoint once SIGTERM has reached any of the processes."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.stopped = False
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Take SIGTERM for a question while training; Python hears signals in the main thread only."""
+        self.asked = self.stopped = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(*_: Any) -> None:
+            self.asked = True
+            signal.signal(signal.SIGTERM, before)
+
+        before = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self._anyone_asked(args, state.global_step) and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.stopped:  # everything is saved, and time is short
+            control.should_save = control.should_evaluate = False
+        return control
+
+    def _anyone_asked(self, args: TrainingArguments, step: int) -> bool:
+        if args.world_size == 1:
+            return self.asked
+        if step % STEPS_BETWEEN_QUESTIONS:
+            return False
+        asked = torch.tensor(float(self.asked), device=args.device)
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        return bool(asked)
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells the training data the epoch; accelerate tells its sampler only."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if hasattr(self.trainer.train_dataset, "set_epoch"):
+            self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
