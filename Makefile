@@ -11,10 +11,10 @@ demo: $(VENV)/installed  ## float training, low-bit training, packing and the ta
 		training/run_qat.py $(RECIPE)
 
 test: quality  ## lint, types and the tests that take seconds
-	$(BIN)/pytest -n 2 -q -m "not long"
+	$(BIN)/pytest -n 2 --dist loadgroup -q -m "not long"
 
 test-long: quality  ## all tests
-	$(BIN)/pytest -n 2 -q
+	$(BIN)/pytest -n 2 --dist loadgroup -q
 
 quality: $(VENV)/installed  ## lint, format and types, changing nothing
 	$(BIN)/ruff check .

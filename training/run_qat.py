@@ -28,6 +28,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, PreTrainedModel, TrainingArguments, set_seed
 
+from accelerate import PartialState
 from arguments import ModelArguments, RunArguments, Settings, load_recipe, parse
 from hf_oscqat import OscQATTrainer, OscQATTrainingArguments, calibrate, describe, pack, prepare_qat
 from hf_oscqat.checkpoint import packed_layers
@@ -45,7 +46,7 @@ from hf_oscqat.integration.data import (
     resolve_data_config,
 )
 from hf_oscqat.integration.evaluate import Evaluation, accuracy_metrics, evaluate_accuracy, keep_top5
-from hf_oscqat.integration.image_trainer import ImageTrainer
+from hf_oscqat.integration.image_trainer import ImageTrainer, Preempted
 from hf_oscqat.integration.models import timm_wrapper
 from hf_oscqat.integration.pixels import normalize_pixels
 from hf_oscqat.quantization.layers import quantized_layers
@@ -552,3 +553,8 @@ if __name__ == "__main__":
         # Bad input: the message is for the user, the traceback is not.
         transformers.logging.get_logger("run_qat").debug("", exc_info=True)
         raise SystemExit(f"error: {error}") from error
+    except Preempted as preempted:
+        logger.warning("stopped at step %d after saving; the same command continues", preempted.step)
+        raise
+    finally:
+        PartialState().destroy_process_group()

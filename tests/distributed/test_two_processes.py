@@ -1,10 +1,9 @@
 """The shipped launch configuration really starts two processes, which stay together."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from launching import launch
 
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = [
@@ -13,18 +12,6 @@ SETTINGS = [
     "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "true", "--calibration_batches", "1",
     "--quantization.batchnorm_reestimation_batches", "2", "--quantization.freezing.momentum", "0.01",
 ]  # fmt: skip
-
-
-def launch(script, *arguments, cwd):
-    """Run a script on two processes through the shipped configuration."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", str(REPOSITORY / "training" / "accelerate" / "cpu_2proc.yaml"), "--main_process_port", "0",
-        str(script), *arguments,
-    ]  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False, cwd=cwd)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_run_qat_on_two_processes(tmp_path):

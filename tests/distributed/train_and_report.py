@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from accelerate import PartialState
 from hf_oscqat import (
     OscQATConfig,
     OscQATTrainer,
@@ -74,3 +75,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    PartialState().destroy_process_group()
