@@ -244,10 +244,22 @@ def _load_recipe(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     own = {} if own is None else own
     if not isinstance(own, dict):
         raise RecipeError(f"got recipe {path} holding a {type(own).__name__}, expected keys with values")
+    _check_names(own, path)
     merged: dict[str, Any] = {}
-    for included in own.pop("include", None) or []:
+    includes = own.pop("include", None) or []
+    if not isinstance(includes, list) or not all(isinstance(included, str) for included in includes):
+        raise RecipeError(f"got include={includes!r} in recipe {path}, expected a list of files")
+    for included in includes:
         merged = _merge(merged, _load_recipe(path.parent / included, (*including, path.resolve())))
     return _merge(merged, own)
+
+
+def _check_names(mapping: Mapping[Any, Any], path: Path) -> None:
+    for key, value in mapping.items():
+        if not isinstance(key, str):
+            raise RecipeError(f"got the key {key!r} in recipe {path}, expected a name: put quotes around it")
+        if isinstance(value, Mapping):
+            _check_names(value, path)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

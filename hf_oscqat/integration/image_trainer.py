@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from hf_oscqat.integration.checkpoints import (
     PREFIX,
@@ -80,11 +81,26 @@ class ImageTrainer(Trainer):
                     f"got checkpoint {resume_from_checkpoint}, expected one to continue from, but {problem}: take an "
                     "earlier one, or begin anew in another output_dir"
                 )
+        if resume_from_checkpoint and (finished := self._finished(resume_from_checkpoint)) is not None:
+            return finished
         with self._preemption.heeded():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._preemption.stopped:
             raise Preempted(self.state.global_step)
         return output
+
+    def _finished(self, checkpoint: str) -> TrainOutput | None:
+        """Load a checkpoint of the last step; None if it is of an earlier one.
+
+        transformers would go on from there with one step more, where `max_steps` ends within an epoch.
+        """
+        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return None
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        self._load_rng_state(checkpoint)
+        return TrainOutput(state.global_step, float("nan"), {})
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
@@ -124,7 +140,7 @@ class ImageTrainer(Trainer):
         if best and (best == self.state.global_step or (run_dir / f"{PREFIX}{best}").is_dir()):
             self.state.best_model_checkpoint = str(run_dir / f"{PREFIX}{best}")
         if self.args.should_save:
-            self.state.save_to_json(str(beside / name / "trainer_state.json"))
+            self.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
             write_manifest(beside / name)
             put_in_place(beside / name, run_dir / name)
             shutil.rmtree(beside, ignore_errors=True)

@@ -174,6 +174,7 @@ class PackedQuantizer(HfQuantizer):
         forbid_merging(model)
         self.hidden_repeats = hide_repeats(model)
         if checkpoint_files:
+            _check_inside(checkpoint_files, str(model.config.name_or_path))
             check_checkpoint(checkpoint_files, layers, model, headless)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -207,6 +208,16 @@ class PackedQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether `torch.compile` accepts the layers."""
         return True
+
+
+def _check_inside(files: Sequence[str], folder: str) -> None:
+    """Refuse files that an index names outside of the folder it stands in; for the Hub its client sees to that."""
+    if not os.path.isdir(folder):
+        return
+    root = os.path.abspath(folder)
+    for file in files:
+        if os.path.commonpath([root, os.path.abspath(file)]) != root:
+            raise CheckpointError(f"got {file!r} in the index of {folder}, expected files of that folder only")
 
 
 def ignore_head(model: PreTrainedModel) -> tuple[str, ...]:

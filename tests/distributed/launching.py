@@ -19,7 +19,7 @@ def command(script: Path, *arguments: str, config: str = "cpu_2proc") -> list[st
 
 def environment() -> dict[str, str]:
     """Ours, for two processes on two cores and no GPU."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
 
 
 def run(arguments: list[str], cwd: Path, expected: int = 0) -> str:

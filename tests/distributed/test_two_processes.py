@@ -21,6 +21,17 @@ def test_run_qat_on_two_processes(tmp_path):
     assert results["accuracy"]["packed"]["num_images"] == 30
 
 
+def test_one_process_that_goes_its_own_way_stops_all_and_sigterm_to_one_ends_all(tmp_path):
+    launch(Path(__file__).with_name("disturb_one_rank.py"), str(tmp_path), cwd=tmp_path)
+    for rank in (0, 1):
+        report = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert "the same on all, in blocks.1.0.conv_exp." in report["error"]
+        assert "at step 4" in report["error"]
+        assert report["code"] == 143
+        assert report["step"] == 10
+        assert report["checkpoints"] == ["checkpoint-10"]
+
+
 def test_both_ranks_end_with_the_same_weights_scales_statistics_and_frozen_integers(tmp_path):
     launch(Path(__file__).with_name("train_and_report.py"), str(tmp_path), cwd=tmp_path)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))

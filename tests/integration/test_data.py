@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import random
 import sys
 from pathlib import Path
 
@@ -560,6 +561,62 @@ def test_datasets_can_be_pickled(tmp_path, kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # CPython 3.12 and later
+class TestRandomness:
+    """With a seed, augmentation depends on seed, epoch and image alone."""
+
+    @pytest.fixture
+    def dataset(self):
+        train = load(dataset_name="digits", max_train_samples=12).train
+        config = {"input_size": (3, 24, 24), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+        train.transform, _ = data.build_transforms(
+            {**config, "crop_pct": 1.0, "crop_mode": "center"},
+            data.DataArguments(dataset_name="digits", hflip=0.5, color_jitter=0.4, auto_augment="rand-m9-mstd0.5"),
+        )
+        train.seed = 3
+        return train
+
+    @staticmethod
+    def pixels(dataset, indices=range(12)):
+        return torch.stack([dataset[i]["pixel_values"] for i in indices])
+
+    def test_order_and_what_came_before_do_not_matter(self, dataset):
+        expected = self.pixels(dataset)
+        torch.manual_seed(99)
+        random.seed(99)
+        assert torch.equal(self.pixels(dataset, range(11, -1, -1)).flip(0), expected)
+        dataset.seed = 4
+        assert not torch.equal(self.pixels(dataset), expected)
+
+    def test_epochs_differ_and_come_again(self, dataset):
+        first = self.pixels(dataset)
+        dataset.set_epoch(1)
+        assert dataset.epoch == 1
+        second = self.pixels(dataset)
+        dataset.set_epoch(0)
+        assert not torch.equal(first, second)
+        assert torch.equal(self.pixels(dataset), first)
+
+    def test_generators_are_left_as_they_were(self, dataset):
+        states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+        self.pixels(dataset)
+        assert random.getstate() == states[0]
+        assert np.random.get_state()[1].tolist() == states[1]
+        assert torch.equal(torch.get_rng_state(), states[2])
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_any_number_of_workers_also_persistent_ones(self, dataset, workers):
+        loader = DataLoader(
+            dataset, batch_size=4, num_workers=workers, persistent_workers=True, collate_fn=data.collate
+        )
+        for epoch in (0, 1):
+            dataset.set_epoch(epoch)
+            assert torch.equal(torch.cat([b["pixel_values"] for b in loader]), self.pixels(dataset))
+
+    def test_without_a_seed_it_draws_as_it_goes(self, dataset):
+        dataset.seed = None
+        assert not torch.equal(self.pixels(dataset), self.pixels(dataset))
+
+
 def test_workers(tmp_path):
     # Forked, which is quick; spawned workers need no more than what the test of pickling shows.
     images = load(dataset_name=save(tmp_path / "pets", test=make_table([0, 1, 0, 1])), need_train=False)

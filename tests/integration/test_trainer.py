@@ -1,8 +1,13 @@
 """OscQATTrainer: when it ticks, what it logs, what it saves, and that a resumed run is the same run."""
 
 import copy
+import itertools
 import json
+import logging
+import os
 import random
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -20,6 +25,7 @@ from hf_oscqat import (
     prepare_qat,
     reestimate_batchnorm,
 )
+from hf_oscqat.integration.checkpoints import checkpoints, what_is_wrong, write_manifest
 from hf_oscqat.quantization.gradient_estimators import GRADIENT_ESTIMATORS
 from hf_oscqat.quantization.layers import quantizers
 from hf_oscqat.remedies.batchnorm import batchnorm_layers
@@ -223,6 +229,214 @@ def test_no_pickle_of_arguments_is_saved_and_a_checkpoint_loads(make_trainer, tm
         assert torch.equal(loaded(pixel_values).logits, trainer.model(pixel_values).logits)
     names = load_file(tmp_path / "run" / "checkpoint-10" / "model.safetensors").keys()
     assert any(name.endswith("oscillation.frequency") for name in names)
+
+
+def test_pickle_of_the_arguments_is_never_written(make_trainer, monkeypatch):
+    written = []
+    original = torch.save
+    monkeypatch.setattr(torch, "save", lambda what, file, *rest: written.append(file) or original(what, file, *rest))
+    trainer = make_trainer(save_strategy="steps", save_steps=5)
+    trainer.train()
+    trainer.save_model()
+    assert {os.path.basename(file) for file in written} == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+
+
+class TestCheckpoints:
+    """Written beside and renamed; a damaged one is not continued from."""
+
+    def test_hold_a_list_of_their_files(self, make_trainer, tmp_path):
+        make_trainer(save_strategy="steps", save_steps=3, save_total_limit=2).train()
+        assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-10", "checkpoint-9"]
+        assert [what_is_wrong(path) for path in checkpoints(tmp_path / "run")] == [None, None]
+        assert not list((tmp_path / "run").glob(".*"))
+
+    def test_of_the_last_step_is_loaded_and_not_trained_on(self, make_trainer, tmp_path):
+        trainer = make_trainer({"freezing": FREEZING}, save_strategy="steps", save_steps=5)
+        trainer.train()  # ten steps, of which six make an epoch
+        again = make_trainer({"freezing": FREEZING})
+        assert again.train(True).global_step == 10
+        assert again.state.global_step == 10
+        assert logged(again) == logged(trainer)
+        for name, tensor in trainer.model.state_dict().items():
+            assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+    def test_newest_good_one_is_continued_from(self, make_trainer, tmp_path, caplog):
+        make_trainer({"freezing": FREEZING}, save_strategy="steps", save_steps=3).train()
+        whole = load_file(tmp_path / "run" / "checkpoint-10" / "model.safetensors")
+        for step in (10, 9):
+            (tmp_path / "run" / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"half")
+        trainer = make_trainer({"freezing": FREEZING}, save_strategy="steps", save_steps=3)
+        with caplog.at_level(logging.WARNING):
+            trainer.train(True)
+        assert sum("is damaged: optimizer.pt has 4 bytes" in message for message in caplog.messages) == 2
+        again = load_file(tmp_path / "run" / "checkpoint-10" / "model.safetensors")
+        assert all(torch.equal(whole[name], again[name]) for name in whole)
+        assert what_is_wrong(tmp_path / "run" / "checkpoint-10") is None
+
+    def test_damaged_one_that_is_asked_for_is_an_error(self, make_trainer, tmp_path):
+        make_trainer(save_strategy="steps", save_steps=5).train()
+        (tmp_path / "run" / "checkpoint-5" / "model.safetensors").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"checkpoint-5, expected .* but model.safetensors has 0 bytes"):
+            make_trainer().train(str(tmp_path / "run" / "checkpoint-5"))
+        with pytest.raises(ValueError, match="got no good checkpoint"):
+            make_trainer(output_dir=str(tmp_path / "other")).train(True)
+
+    def test_best_one_is_found_again(self, make_trainer, tmp_path):
+        options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+        trainer = make_trainer(
+            {"freezing": FREEZING}, **options, load_best_model_at_end=True, metric_for_best_model="accuracy"
+        )
+        trainer.train()
+        best = trainer.state.best_model_checkpoint
+        assert best == str(tmp_path / "run" / f"checkpoint-{trainer.state.best_global_step}")
+        state = json.loads((checkpoints(tmp_path / "run")[0] / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == best
+        stored = load_file(f"{best}/model.safetensors")
+        loaded = trainer.model.state_dict()
+        assert all(torch.equal(stored[name], loaded[name]) for name in stored)
+
+    def test_malicious_pickle_in_a_checkpoint_is_not_executed(self, make_trainer, tmp_path):
+        class Malicious:
+            def __reduce__(self):
+                return os.system, (f"touch {tmp_path}/executed",)
+
+        make_trainer(save_strategy="steps", save_steps=5).train()
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            folder = tmp_path / "run" / "checkpoint-5"
+            content = (folder / name).read_bytes()
+            torch.save({"state": Malicious(), "param_groups": []}, folder / name)
+            write_manifest(folder)
+            with pytest.raises(Exception, match=r"[Ww]eights.only"):
+                make_trainer().train(str(folder))
+            (folder / name).write_bytes(content)
+        assert not (tmp_path / "executed").exists()
+
+
+class TestPreemption:
+    @pytest.fixture
+    def killing(self):
+        def make(step, times=1):
+            class Kill(TrainerCallback):
+                def on_step_begin(self, args, state, control, **kwargs):
+                    if state.global_step == step:
+                        for _ in range(times):
+                            os.kill(os.getpid(), signal.SIGTERM)
+
+            return Kill()
+
+        return make
+
+    def test_saves_and_exits_with_143_and_the_rest_is_the_same(self, make_trainer, tmp_path, killing):
+        whole = make_trainer({"freezing": FREEZING}, output_dir=str(tmp_path / "whole"))
+        whole.train()
+        before = signal.getsignal(signal.SIGTERM)
+        trainer = make_trainer({"freezing": FREEZING}, eval_strategy="epoch")
+        trainer.add_callback(killing(4))
+        with pytest.raises(SystemExit) as stopped:
+            trainer.train()
+        assert stopped.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) is before
+        assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-5"]
+        continued = make_trainer({"freezing": FREEZING})
+        continued.train(True)
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(
+                tensor,
+                continued.model.state_dict()[name],
+            ), name
+
+    def test_after_the_last_step_there_is_nothing_to_continue(self, make_trainer, killing):
+        trainer = make_trainer()
+        trainer.add_callback(killing(9))
+        trainer.train()
+        assert trainer.state.global_step == 10
+
+    def test_second_signal_is_as_it_was_before(self, make_trainer, killing):
+        heard = []
+        before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+        try:
+            trainer = make_trainer()
+            trainer.add_callback(killing(4, times=2))
+            with pytest.raises(SystemExit):
+                trainer.train()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert heard == [1]
+
+    def test_in_another_thread_signals_are_not_touched(self, make_trainer):
+        trainer, before = make_trainer(max_steps=1), signal.getsignal(signal.SIGTERM)
+        thread = threading.Thread(target=trainer.train)
+        thread.start()
+        thread.join()
+        assert trainer.state.global_step == 1
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+class SomeNotFinite(RandomImages):
+    """Batches are not shuffled, so that the bad images come in step 2 and later ones as told."""
+
+    def __init__(self, bad):
+        self.bad = bad
+
+    def __getitem__(self, index):
+        example = super().__getitem__(index)
+        if index in self.bad:
+            example["pixel_values"] = example["pixel_values"] * torch.nan
+        return example
+
+
+class TestStepsThatAreNotMade:
+    def test_gradient_that_is_not_finite_changes_nothing(self, make_trainer, caplog):
+        trainer = make_trainer({"freezing": FREEZING}, max_steps=6, train_sampling_strategy="sequential")
+        trainer.train_dataset = SomeNotFinite({5})
+        states = []
+
+        class Remember(TrainerCallback):
+            def on_step_end(self, args, state, control, model, **kwargs):
+                states.append({n: t.clone() for n, t in model.state_dict().items() if "bn" not in n})
+
+        trainer.add_callback(Remember())
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        same = [all(torch.equal(a[n], b[n]) for n in a) for a, b in itertools.pairwise(states)]
+        assert same == [True, False, False, False, False]
+        assert trainer.skipped_steps == 1
+        assert [entry["skipped_steps"] for entry in logged(trainer)] == [0, 1, 1, 1, 1, 1]
+        assert any("step 2 is not made: its gradient is not finite in" in message for message in caplog.messages)
+        assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+    def test_too_many_in_a_row_stop_training_and_name_layers(self, make_trainer):
+        trainer = make_trainer(max_skipped_steps=3, max_steps=20)
+        trainer.train_dataset = SomeNotFinite(set(range(24)))
+        with pytest.raises(RuntimeError, match=r"got 4 steps in a row .*conv_stem.* expected at most 3"):
+            trainer.train()
+
+
+def test_scale_at_its_minimum_and_dead_quantizers_are_named_and_counted(make_trainer, caplog):
+    trainer = make_trainer(max_steps=2, scale_learning_rate=0.0, eval_strategy="steps", eval_steps=1)
+    with torch.no_grad():
+        dict(quantizers(trainer.model))["timm_model.conv_head.weight_quantizer"].scale.fill_(-1.0)
+        dict(quantizers(trainer.model))["timm_model.classifier.input_quantizer"].scale.fill_(1e5)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    messages = [message for message in caplog.messages if message.startswith(("conv_head", "classifier"))]
+    assert len([m for m in messages if m.startswith("conv_head.weight_quantizer: training tried to make")]) == 1
+    assert len([m for m in messages if m.startswith("classifier.input_quantizer: every value has the same")]) == 1
+    assert logged(trainer)[-1]["scales_at_minimum"] == 1
+    assert logged(trainer)[-1]["dead_quantizers"] >= 1
+
+
+def test_training_data_is_told_the_epoch(make_trainer):
+    class Told(RandomImages):
+        epochs = []
+
+        def set_epoch(self, epoch):
+            self.epochs.append(epoch)
+
+    trainer = make_trainer({"batchnorm_reestimation_batches": 0}, max_steps=14)
+    trainer.train_dataset = Told()
+    trainer.train()
+    assert list(dict.fromkeys(Told.epochs)) == [0, 1, 2]
 
 
 def test_trained_model_packs_to_equal_logits(make_trainer, pixel_values):

@@ -42,6 +42,26 @@ def test_results_hold_what_was_measured(finished):
     assert results["run"]["data_images_per_second"] > 0
 
 
+def test_token_is_written_nowhere(tmp_path, monkeypatch, capfd, caplog):
+    token, other = "hf_" + "plantedinthecommand", "hf_" + "plantedintheenvironment"
+    monkeypatch.setenv("HF_TOKEN", other)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"hub_token: {token}\n")
+    output_dir = tmp_path / "run"
+    options = [*SETTINGS, "--report_to", "tensorboard", "--output_dir", str(output_dir)]
+    with caplog.at_level("DEBUG"):
+        main([str(recipe), *options, "--hub_token", token])
+        main([*options, f"--hub_token={token}"])  # another token, or none, is no other run
+    written = [path for path in output_dir.rglob("*") if path.is_file()]
+    assert {"recipe.yaml", "results.json", "README.md", "model.safetensors"} <= {path.name for path in written}
+    out, err = capfd.readouterr()
+    for text in (*(path.read_bytes() for path in written), out.encode(), err.encode(), caplog.text.encode()):
+        assert token.encode() not in text
+        assert other.encode() not in text
+    command = json.loads((output_dir / "results.json").read_text())["run"]["command"]
+    assert "--hub_token '***'" in command
+
+
 def test_the_end_is_a_table_and_the_speeds_of_training_and_of_its_data(finished, capsys):
     _, results = finished
     show(results)
