@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RECIPE := training/recipes/quickstart.yaml
 
-.PHONY: demo test test-long style quality bench clean
+.PHONY: demo test test-long test-oldest style quality bench clean
 
 demo: $(VENV)/installed  ## float training, low-bit training, packing and the table of results, on built-in digits
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -15,6 +15,9 @@ test: quality  ## lint, types and the tests that take seconds
 
 test-long: quality  ## all tests
 	$(BIN)/pytest -n 2 --dist loadgroup -q
+
+test-oldest: $(VENV)-oldest/installed  ## the tests that take seconds, with the oldest supported versions
+	$(VENV)-oldest/bin/pytest -n 2 --dist loadgroup -q -m "not long"
 
 quality: $(VENV)/installed  ## lint, format and types, changing nothing
 	$(BIN)/ruff check .
@@ -29,6 +32,12 @@ style: $(VENV)/installed  ## mend lint and format, and remake the file that is m
 bench: $(VENV)-bench/installed  ## what a training step costs, beside float training and other libraries; BENCH=options
 	PATH="$(CURDIR)/$(VENV)-bench/bin:$$PATH" $(VENV)-bench/bin/python training/benchmarks/bench.py \
 		--json docs/bench/ --picture docs/bench/ $(BENCH)
+
+$(VENV)-oldest/installed: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --quiet --upgrade pip
+	$(VENV)-oldest/bin/pip install --quiet -e ".[dev]" -c tests/oldest.txt
+	touch $@
 
 # A library that does not install beside this torch costs its own row, and no other.
 $(VENV)-bench/installed: pyproject.toml

@@ -59,7 +59,8 @@ class OscQATTrainingArguments(TrainingArguments):
         decay_norm_and_bias: whether weight decay also acts on biases and normalisation, as in the published code.
         channels_last: use the memory format that GPUs with tensor cores prefer for convolutions.
         track_oscillations: keep oscillation statistics also when no remedy needs them, for the log and the report.
-        max_skipped_steps: a step whose gradient is not finite is not made; this many in a row end training.
+        max_skipped_steps: a step whose gradient is not finite is not made; more than this many in a row end training
+            (three times as many in fp16, whose scaler finds its scale by skipping).
         compare_ranks_steps: every so many steps the processes compare weights, scales and statistics; 0 never does.
 
     Raises:
@@ -147,10 +148,12 @@ class OscQATTrainer(ImageTrainer):
         self._loss_count = 0
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
+        self._gradient_dropped = False
         self._dead: list[str] = []
         self._warned: set[str] = set()
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(_LogLastStep)
+        self.add_callback(_NoteSkippedSteps(self))
         if self._reestimates and self.train_dataset is not None and not isinstance(self.train_dataset, Sized):
             raise ValueError(
                 "got a training dataset without a length, expected one that can be indexed: batch-norm re-estimation "
@@ -209,7 +212,8 @@ class OscQATTrainer(ImageTrainer):
             if bad:
                 for parameter in self.model.parameters():
                     parameter.grad = None
-            self._note_skipped(bad)
+            self._gradient_dropped = bool(bad)
+            self._note_skipped(bad, self.args.max_skipped_steps)
         return loss
 
     def compute_loss(
@@ -312,7 +316,7 @@ class OscQATTrainer(ImageTrainer):
         return self.accelerator.clip_grad_norm_(model_parameters(self.model), self.args.max_grad_norm)
 
     def _tick(self, *_: Any) -> None:
-        if self._skipped_in_a_row:  # without a gradient the optimizer does nothing either
+        if self._gradient_dropped:  # without a gradient the optimizer does nothing either
             return
         if self.tracker is not None:
             take_tick(self.tracker, self.remedies, self.step, self.state.max_steps)
@@ -320,18 +324,24 @@ class OscQATTrainer(ImageTrainer):
         if self.args.world_size > 1 and every > 0 and self.step % every == 0:
             compare_ranks(self.model, self.step)
 
-    def _note_skipped(self, bad: list[str]) -> None:
+    def _note_step_of_scaler(self) -> None:
+        """Count the step if fp16's scaler has skipped it, as it does at first until it has found its scale."""
+        if self.accelerator.scaler is not None:
+            skipped = self.accelerator.optimizer_step_was_skipped
+            self._note_skipped(["the scaled loss"] if skipped else [], 3 * self.args.max_skipped_steps)
+
+    def _note_skipped(self, bad: list[str], limit: int) -> None:
         if not bad:
             self._skipped_in_a_row = 0
             return
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         where = f"{', '.join(bad[:3])}" + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-        if self._skipped_in_a_row > self.args.max_skipped_steps:
+        if self._skipped_in_a_row > limit:
             values = not_finite(self.model.named_parameters())
             raise RuntimeError(
                 f"got {self._skipped_in_a_row} steps in a row without a finite gradient, the last one in {where}, "
-                f"expected at most {self.args.max_skipped_steps}. Not finite themselves: "
+                f"expected at most {limit}. Not finite themselves: "
                 f"{', '.join(values[:3]) or 'no weights'}. Lower the learning rate, look at the data, or continue "
                 "from a checkpoint before this began"
             )
@@ -386,6 +396,18 @@ class _LogLastStep(TrainerCallback):
     ) -> TrainerControl:
         control.should_log = control.should_log or state.global_step >= state.max_steps
         return control
+
+
+class _NoteSkippedSteps(TrainerCallback):
+    """Fires after each step, made or skipped by the scaler."""
+
+    def __init__(self, trainer: OscQATTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._note_step_of_scaler()
 
 
 def _constant(step: int) -> float:

@@ -411,6 +411,19 @@ class TestStepsThatAreNotMade:
         with pytest.raises(RuntimeError, match=r"got 4 steps in a row .*conv_stem.* expected at most 3"):
             trainer.train()
 
+    def test_steps_that_fp16s_scaler_skips_are_counted(self, make_trainer, monkeypatch):
+        trainer = make_trainer(max_skipped_steps=1)
+        skipped = [True, True, False, True, True, True, True]
+        monkeypatch.setattr(trainer.accelerator, "scaler", object())
+        monkeypatch.setattr(
+            type(trainer.accelerator), "optimizer_step_was_skipped", property(lambda _: skipped.pop(0))
+        )
+        for _ in range(6):
+            trainer._note_step_of_scaler()
+        assert trainer.skipped_steps == 5
+        with pytest.raises(RuntimeError, match=r"got 4 steps in a row .* in the scaled loss, expected at most 3"):
+            trainer._note_step_of_scaler()
+
 
 def test_scale_at_its_minimum_and_dead_quantizers_are_named_and_counted(make_trainer, caplog):
     trainer = make_trainer(max_steps=2, scale_learning_rate=0.0, eval_strategy="steps", eval_steps=1)
