@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -88,6 +90,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     data = load_image_data(settings.data, seed=training.seed, need_train=not run.eval_only)
     if run.eval_only:
         return _evaluate_only(settings, data)
+    with _lock(output_dir) if training.should_save else nullcontext():
+        return _run(settings, data)
+
+
+def _run(settings: Settings, data: ImageData) -> dict[str, Any]:
+    """Train and publish, or continue to, or show what was found if that has been done."""
+    training, run = settings.training, settings.run
+    output_dir = Path(training.output_dir)
     with training.main_process_first():
         checkpoint = open_output_dir(output_dir, settings)
 
@@ -190,6 +200,28 @@ def open_output_dir(output_dir: Path, settings: Settings) -> str | None:
         output_dir.mkdir(parents=True, exist_ok=True)
         _write(path, yaml.safe_dump(recipe, sort_keys=False))
     return None
+
+
+@contextmanager
+def _lock(output_dir: Path) -> Iterator[None]:
+    """Hold the folder by a file beside it, which the system lets go of however this process ends.
+
+    Raises:
+        ValueError: if another process holds it.
+    """
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output_dir.with_name(f".{output_dir.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"got output_dir {output_dir}, which another run is writing to; expected a folder of its own. If the "
+            "launcher of that run was killed, its processes may go on: end them first"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def float_model(settings: Settings, data: ImageData) -> PreTrainedModel:

@@ -77,13 +77,18 @@ def one_pass(
     per_channel = any(p is not None and p.numel() > 1 for p in parameters)
     views = [None if t is None else _view(t, layout, axis if per_channel else None) for t in tensors]
     outputs = None
-    if _enabled and first.device.type not in _without_compiler:
+    if is_compiled(first):
         outputs = _compiled(function, static, views, parameters, bounds, per_channel)
     if outputs is None and first.is_cpu and not per_channel and first.numel() > _chunk():
         outputs = _in_chunks(function, static, views, parameters, bounds, shaped)
     if outputs is None:
         return function(tensors, parameters, bounds, axis, *static)
     return (*(_unview(output, first.shape, layout) for output in outputs[:shaped]), *outputs[shaped:])
+
+
+def is_compiled(x: Tensor) -> bool:
+    """Whether functions over large tensors like `x` are run by compiled kernels, as far as is known yet."""
+    return _enabled and x.device.type not in _without_compiler and x.dtype in FUSED_DTYPES
 
 
 def is_traced(x: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from hf_oscqat.quantization.functional import TRANSPOSED, Activation
-from hf_oscqat.quantization.kernels import is_traced
+from hf_oscqat.quantization.kernels import is_compiled, is_traced
 from hf_oscqat.quantization.quantizer import Quantizer
 from hf_oscqat.quantization.timm_layers import convolve, is_standardised, standardise
 
@@ -78,12 +78,12 @@ class QuantizedLayer(nn.Module):
         """Let autograd keep the input, which the quantizer needs anyway, and compute the quantized one from it again.
 
         The layer's gradient needs its quantized input. To keep both would be half as much memory again as the float
-        model takes, and to round once more is cheap. Under torch.compile its partitioner decides such things.
+        model takes, and compiled kernels round once more at little cost. Under torch.compile its partitioner decides.
         """
         quantizer = self.input_quantizer
         if not (isinstance(quantizer, Quantizer) and quantized.requires_grad) or is_traced(quantized):
             return nullcontext()
-        if quantizer.rounds_at_random:
+        if quantizer.rounds_at_random or not is_compiled(quantized):
             return nullcontext()
         input, activation = input.detach(), self.input_activation
         storage = quantized.untyped_storage().data_ptr()

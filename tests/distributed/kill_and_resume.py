@@ -9,18 +9,18 @@ the accuracies. Logged losses are not: an entry after a restart averages over th
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from launching import REPOSITORY, command, environment
 from safetensors import safe_open
@@ -50,6 +50,16 @@ def start(folder: Path, processes: int, log: Path) -> "subprocess.Popen[bytes]":
     line = command(script, *arguments) if processes > 1 else [sys.executable, str(script), *arguments]
     with log.open("ab") as output:
         return subprocess.Popen(line, env=environment(), stdout=output, stderr=output, start_new_session=True)
+
+
+def kill_tree(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process and all that it has started; a launcher's workers would go on without it."""
+    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
+    psutil.wait_procs(processes, timeout=60)
 
 
 def finish(folder: Path, processes: int, log: Path) -> float:
@@ -123,12 +133,10 @@ def disturb(folder: Path, processes: int, kills: int, seconds: float, seed: int,
         try:
             process.wait(timeout=moment)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill_tree(process)
             moments.append(round(moment, 2))
             there = ", ".join(path.name for path in checkpoints(folder)) or "nothing"
             logger.info("killed after %.1f s; %s there", moment, there)
-            time.sleep(0.5)  # its workers notice that they are orphans
             assert_loadable(folder)
             continue
         assert process.returncode == 0, log.read_text(encoding="utf-8")[-4000:]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from huggingface_hub import ModelCard
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -60,6 +61,13 @@ def test_token_is_written_nowhere(tmp_path, monkeypatch, capfd, caplog):
         assert other.encode() not in text
     command = json.loads((output_dir / "results.json").read_text())["run"]["command"]
     assert "--hub_token '***'" in command
+
+
+def test_folder_that_another_run_writes_to_is_refused(tmp_path):
+    other = FileLock(tmp_path / ".run.lock")
+    with other, pytest.raises(ValueError, match="which another run is writing to"):
+        main([*SETTINGS, "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_end_is_a_table_and_the_speeds_of_training_and_of_its_data(finished, capsys):
