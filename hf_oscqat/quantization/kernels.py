@@ -185,7 +185,7 @@ def _compiled(
             "quantization goes on without compiled kernels, which makes training slower: install %s, or set "
             "OSCQAT_FUSED_KERNELS=0 to be told no more. torch.compile said: %s",
             "a C++ compiler" if device.type == "cpu" else "Triton",
-            str(error).strip().partition("\n")[0],
+            " ".join(str(error).split("\n\n")[0].split()),  # what failed, and why; then come hints
         )
         return None
 

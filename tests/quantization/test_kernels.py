@@ -308,7 +308,7 @@ class TestWithoutACompiler:
         monkeypatch.setattr(kernels, "_kernels", {})
 
         def refuse(*args, **kwargs):
-            raise TorchDynamoException("no compiler found\nand a long story")
+            raise TorchDynamoException("backend='_compile' raised:\nno compiler found\n\nand a long story")
 
         monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: refuse)
 
