@@ -1,11 +1,12 @@
 """What `from_pretrained` does with an `OscQATConfig`: for the training form, the packed form, and a float model."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -44,11 +45,14 @@ class OscQATQuantizer(PackedQuantizer):
             insert_quantizers(model, self.quantization_config, partial_model=True)
             self.hidden_repeats = hide_repeats(model)
             _attach_what_was_saved(model, checkpoint_files or (), ignored)
+        else:
+            self.float_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._is_packed:
             return super()._process_model_after_weight_loading(model, **kwargs)
         if not self.pre_quantized:
+            _renew_mismatched(model, self.float_shapes)
             insert_quantizers(model, self.quantization_config)
             return model
         check_all_loaded(model)
@@ -86,6 +90,21 @@ class OscQATQuantizer(PackedQuantizer):
     @property
     def _is_packed(self) -> bool:
         return self.quantization_config.checkpoint_format == "packed"
+
+
+def _renew_mismatched(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> None:
+    """Initialise anew what came in another shape than the model has, a head with other labels for example.
+
+    transformers 5.17 takes such tensors as they are where there is a quantizer; later versions see to it themselves.
+    """
+    for name, parameter in list(model.named_parameters()):
+        if parameter.shape != shapes[name]:
+            got, expected = [*parameter.shape], [*shapes[name]]
+            logger.warning("got %s of shape %s, expected %s: it begins anew", name, got, expected)
+            path, _, own = name.rpartition(".")
+            module = model.get_submodule(path)
+            setattr(module, own, nn.Parameter(parameter.new_empty(shapes[name])))
+            module.reset_parameters()
 
 
 def _attach_what_was_saved(model: PreTrainedModel, files: Sequence[str], ignored: tuple[str, ...]) -> None:
