@@ -1,6 +1,6 @@
 """What can go wrong with the numbers of a prepared model, by the names of its layers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ def dead_quantizers(model: nn.Module, batch: Batch) -> list[str]:
     dead: list[str] = []
 
     def look(name: str, quantizer: Quantizer, x: Tensor) -> None:
-        if x.numel() > 1 and bool((quantizer.to_int(x) == quantizer.to_int(x.flatten()[:1])).all()):
+        integers = quantizer.to_int(x)
+        if integers.numel() > 1 and bool(integers.amin() == integers.amax()):
             dead.append(name)
 
     def watch(name: str, layer: QuantizedLayer) -> torch.utils.hooks.RemovableHandle:
@@ -40,7 +41,7 @@ def dead_quantizers(model: nn.Module, batch: Batch) -> list[str]:
 
     layers = {name.removeprefix(PREFIX): layer for name, layer in quantized_layers(model)}
     for name, layer in layers.items():
-        if layer.weight_quantizer is not None and not layer.weight_quantizer.per_channel:
+        if layer.weight_quantizer is not None:
             look(f"{name}.weight_quantizer", layer.weight_quantizer, layer.float_weight)
     handles = [watch(name, layer) for name, layer in layers.items()]
     try:
@@ -64,9 +65,13 @@ def not_finite(named: Iterable[tuple[str, Tensor | None]]) -> list[str]:
     """Return the names of the tensors that hold a NaN or an infinity; the device is waited for once.
 
     Args:
-        named: names and tensors of any dtype and shape; None is passed over.
+        named: names and tensors of any shape; integers and None are passed over.
     """
-    tensors = [(name.removeprefix(PREFIX), tensor) for name, tensor in named if tensor is not None]
+    tensors = [
+        (name.removeprefix(PREFIX), tensor)
+        for name, tensor in named
+        if tensor is not None and tensor.is_floating_point()
+    ]
     if not tensors:
         return []
     largest = torch._foreach_norm([tensor for _, tensor in tensors], ord=torch.inf)
@@ -78,9 +83,10 @@ def not_finite(named: Iterable[tuple[str, Tensor | None]]) -> list[str]:
 
 @torch.no_grad()
 def compare_ranks(model: nn.Module, step: int) -> None:
-    """Find out whether all processes hold the same quantized layers: weights, scales, statistics, frozen integers.
+    """Find out whether all processes hold the same parameters, oscillation statistics and frozen integers.
 
-    Every process must call it. Each sends 8 bytes a layer.
+    Batch-norm statistics are left out, for each process has its own until they are averaged or re-estimated. Every
+    process must call it. Each sends 8 bytes a layer.
 
     Args:
         model: a prepared model, the same on each process if all is well.
@@ -89,8 +95,13 @@ def compare_ranks(model: nn.Module, step: int) -> None:
     Raises:
         RuntimeError: on every process, with the names of the layers that differ.
     """
-    layers = dict(quantized_layers(model))
-    sums = torch.stack([_checksum(layer) for layer in layers.values()])
+    layers = {name: layer.state_dict() for name, layer in quantized_layers(model)}
+    inside = tuple(f"{name}." for name in layers)
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if own and name not in layers and not name.startswith(inside):
+            layers[name] = own
+    sums = torch.stack([_checksum(tensors) for tensors in layers.values()])
     lowest, highest = sums.clone(), sums.clone()
     torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
     torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
@@ -104,13 +115,13 @@ def compare_ranks(model: nn.Module, step: int) -> None:
         )
 
 
-def _checksum(layer: nn.Module) -> Tensor:
-    """A number, int64 0-d, that depends on every bit of a layer's parameters and buffers and on their order."""
+def _checksum(tensors: Mapping[str, Tensor]) -> Tensor:
+    """A number, int64 0-d, that depends on every bit of the tensors and on their order."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     total = None
-    for tensor in layer.state_dict().values():
-        bits = tensor.contiguous().flatten().view(integers[tensor.element_size()]).long()
-        place = torch.arange(bits.numel(), device=bits.device) % 8191 + 1
+    for tensor in tensors.values():
+        bits = tensor.detach().contiguous().flatten().view(integers[tensor.element_size()]).long()
+        place = torch.arange(1, bits.numel() + 1, device=bits.device)
         part = (bits * place).sum()
         total = part if total is None else total * 31 + part
     assert total is not None

@@ -27,6 +27,13 @@ class TestDeadQuantizers:
         # What comes out of it is its bias, one value a channel, and not one value.
         assert dead_quantizers(model, images) == ["dw.weight_quantizer"]
 
+    def test_weight_with_a_scale_for_each_channel(self, make_prepared, images):
+        model = make_prepared(weight_granularity="per_channel")
+        assert dead_quantizers(model, images) == []
+        with torch.no_grad():
+            model.dw.weight_quantizer.scale.fill_(1e4)
+        assert dead_quantizers(model, images) == ["dw.weight_quantizer"]
+
     def test_everything_clipped_counts_too(self, make_prepared, images):
         model = make_prepared()
         with torch.no_grad():

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import psutil
 import torch
 import yaml
+from accelerate.commands.config.config_args import default_yaml_config_file
 from transformers import HfArgumentParser
 
 from hf_oscqat import OscQATConfig, OscQATTrainingArguments
@@ -204,7 +205,10 @@ def _announced_processes() -> int:
     script = next((i for i, part in enumerate(command) if part.endswith("run_qat.py")), len(command))
     options = command[:script]
     told = _value_of(options, "num_processes", "nproc_per_node")
-    if told is None and (path := _value_of(options, "config_file")) is not None:
+    if told is None:
+        path = (
+            _value_of(options, "config_file") or os.environ.get("ACCELERATE_CONFIG_FILE") or default_yaml_config_file
+        )
         try:
             told = str(yaml.safe_load(Path(path).read_text(encoding="utf-8"))["num_processes"])
         except (OSError, yaml.YAMLError, KeyError, TypeError):

@@ -58,14 +58,16 @@ def put_in_place(written: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_manifest(folder: Path) -> None:
-    """List the files of a checkpoint in it, with size and sha256."""
+def write_manifest(folder: Path, processes: int = 1) -> None:
+    """List the files of a checkpoint in it, with size and sha256, and how many processes trained."""
     files = {
         str(file.relative_to(folder)): _size_and_digest(file)
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(
+        json.dumps({"processes": processes, "files": files}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def what_is_wrong(folder: str | Path) -> str | None:
@@ -91,6 +93,11 @@ def what_is_wrong(folder: str | Path) -> str | None:
         if tuple(_size_and_digest(file)) != written:
             return f"{name} has other contents than were written"
     return None
+
+
+def processes_of(folder: str | Path) -> int:
+    """How many processes trained when a good checkpoint was written."""
+    return int(json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))["processes"])
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:

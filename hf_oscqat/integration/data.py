@@ -5,6 +5,7 @@ dropping unreadable images then only change an array of indices, and a mistake i
 starts, in the words of the command line.
 """
 
+import copy
 import io
 import logging
 import os
@@ -315,6 +316,12 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def set_epoch(self, epoch: int) -> None:
         """Draw other random numbers than in other epochs, in worker processes too."""
         self._epoch.fill_(epoch)
+
+    def at_epoch(self, epoch: int) -> "ImageDataset":
+        """Return the same images as in that epoch, whatever this dataset is told; its workers go on undisturbed."""
+        other = copy.copy(self)
+        other._epoch = torch.tensor([epoch]).share_memory_()
+        return other
 
     @property
     def epoch(self) -> int:

@@ -1,5 +1,6 @@
 """`ImageTrainer`: transformers' Trainer for images, which can be killed at any moment and continues exactly."""
 
+import math
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from hf_oscqat.integration.checkpoints import (
     checkpoints,
     fresh_folder,
     last_good_checkpoint,
+    processes_of,
     put_in_place,
     what_is_wrong,
     write_manifest,
@@ -81,6 +83,12 @@ class ImageTrainer(Trainer):
                     f"got checkpoint {resume_from_checkpoint}, expected one to continue from, but {problem}: take an "
                     "earlier one, or begin anew in another output_dir"
                 )
+        if resume_from_checkpoint and processes_of(resume_from_checkpoint) != self.args.world_size:
+            raise ValueError(
+                f"got {self.args.world_size} processes for a checkpoint of {processes_of(resume_from_checkpoint)}, "
+                "expected as many: batch, number of steps and learning rates would be others from here on. Start as "
+                "many, or begin anew in another output_dir"
+            )
         if resume_from_checkpoint and (finished := self._finished(resume_from_checkpoint)) is not None:
             return finished
         with self._preemption.heeded():
@@ -95,11 +103,15 @@ class ImageTrainer(Trainer):
         transformers would go on from there with one step more, where `max_steps` ends within an epoch.
         """
         state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-        if not 0 < self.args.max_steps <= state.global_step:
+        same_epochs = state.num_train_epochs == math.ceil(self.args.num_train_epochs)
+        last = self.args.max_steps if self.args.max_steps > 0 else state.max_steps if same_epochs else 0
+        if not 0 < last <= state.global_step:
             return None
         self._load_from_checkpoint(checkpoint)
         self.state = state
         self._load_rng_state(checkpoint)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_best_model()
         return TrainOutput(state.global_step, float("nan"), {})
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +153,7 @@ class ImageTrainer(Trainer):
             self.state.best_model_checkpoint = str(run_dir / f"{PREFIX}{best}")
         if self.args.should_save:
             self.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
-            write_manifest(beside / name)
+            write_manifest(beside / name, self.args.world_size)
             put_in_place(beside / name, run_dir / name)
             shutil.rmtree(beside, ignore_errors=True)
             self._drop_damaged(run_dir)
@@ -153,9 +165,9 @@ class ImageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _drop_damaged(self, run_dir: Path) -> None:
-        """Remove checkpoints of later steps, which were damaged or this run would have continued from them."""
+        """Remove damaged checkpoints of later steps, now that there is a good one to continue from."""
         for path in checkpoints(run_dir):
-            if int(path.name.removeprefix(PREFIX)) > self.state.global_step:
+            if int(path.name.removeprefix(PREFIX)) > self.state.global_step and what_is_wrong(path) is not None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -197,6 +209,8 @@ class _Preemption(TrainerCallback):
     ) -> TrainerControl:
         if self.stopped:  # everything is saved, and time is short
             control.should_save = control.should_evaluate = False
+            # In memory only; transformers would load the best model, and with a limit of one keep no other.
+            state.best_model_checkpoint = None
         return control
 
     def _anyone_asked(self, args: TrainingArguments, step: int) -> bool:

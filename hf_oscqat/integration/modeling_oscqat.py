@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 # --- hf_oscqat.quantization.gradient_estimators
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GradientEstimator:
     """The straight-through estimator: rounding has slope 1.
 
@@ -47,6 +47,13 @@ class GradientEstimator:
 
     name: ClassVar[str] = "ste"
     for_inputs: ClassVar[bool] = True
+
+    # By all attributes, fields or not, because kernels are made for an estimator and found again by it.
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *sorted(vars(self).items())))
 
     def noise(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Draw what a random estimator needs for one forward pass, shaped like `x`; None for the others."""
@@ -75,7 +82,7 @@ class GradientEstimator:
         return type(self).noise is not GradientEstimator.noise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EWGS(GradientEstimator):
     """Element-wise gradient scaling: larger where the step would lead away from the integer.
 
@@ -111,7 +118,7 @@ class EWGS(GradientEstimator):
         return 1 + delta * grad.sign() * residual
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StackedSigmoid(GradientEstimator):
     """The slope of a staircase of sigmoids, each scaled to lead exactly from one integer to the next.
 
@@ -140,7 +147,7 @@ class StackedSigmoid(GradientEstimator):
         return _staircase_slope(residual, abs(self.alpha) / 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DSQ(GradientEstimator):
     """Differentiable soft quantization: the slope of a staircase of hyperbolic tangents; forward rounds.
 
@@ -170,7 +177,7 @@ class DSQ(GradientEstimator):
         return _staircase_slope(residual, self.k)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PSG(GradientEstimator):
     """Position-based scaled gradient: the smaller, the nearer a weight is to its integer.
 
@@ -206,7 +213,7 @@ class PSG(GradientEstimator):
         return self.strength * (residual.abs() + self.epsilon)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StochasticRounding(GradientEstimator):
     """Round up with the probability of the remainder while training; straight-through gradient.
 
@@ -226,7 +233,7 @@ class StochasticRounding(GradientEstimator):
         return u.round() if noise is None else (u + noise).floor()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdditiveNoise(GradientEstimator):
     """Add what rounding would, as noise, instead of rounding while training; the gradient is exact.
 
@@ -341,6 +348,8 @@ def one_pass(
     if layout is None or copies:
         return function(tensors, parameters, bounds, axis, *static)
     per_channel = any(p is not None and p.numel() > 1 for p in parameters)
+    if per_channel and any(p is not None and p.numel() not in (1, first.shape[axis]) for p in parameters):
+        return function(tensors, parameters, bounds, axis, *static)  # which says what is wrong
     views = [None if t is None else _view(t, layout, axis if per_channel else None) for t in tensors]
     outputs = None
     if is_compiled(first):
@@ -376,7 +385,7 @@ def in_transform() -> bool:
 
 
 def _layout(x: Tensor) -> torch.memory_format | None:
-    if x.dtype not in FUSED_DTYPES or x.device.type not in ("cpu", "cuda"):
+    if x.dtype not in FUSED_DTYPES or x.device.type not in ("cpu", "cuda") or x.is_neg() or x.numel() == 0:
         return None
     if x.is_contiguous():
         return torch.contiguous_format
@@ -430,19 +439,29 @@ def _compiled(
     first = tensors[0]
     assert first is not None
     device = first.device
-    arguments = [*tensors, *parameters, _on_device(bounds, device)]
-    kinds = tuple([None if a is None else a.dtype for a in arguments])
+    rows = [None if p is None else p.reshape(-1).contiguous() for p in parameters]
+    arguments = [*tensors, *rows, _on_device(bounds, device)]
+    kinds = (
+        *[None if a is None else a.dtype for a in arguments],
+        *[None if p is None else p.numel() > 1 for p in rows],
+    )
     key = (function, static, kinds, per_channel, device, torch.is_inference_mode_enabled())
     kernel = _kernels.get(key)
     if kernel is None:
         kernel = _kernels[key] = _Kernel(function, static, len(tensors), int(per_channel))
-    launch = kernel.launches.get(_shape_class(first.shape))
+    shape_class = _shape_class(first.shape)
+    launch = kernel.launches.get(shape_class)
     if launch is not None:
         return launch(arguments)
     from torch._dynamo import exc  # most of a second at first, which those who never train need not spend
 
     try:
-        return kernel(arguments)
+        if shape_class is not None:
+            # Compiled for sizes of ours: the compiler orders sums by the first size that it sees, and the bits of a
+            # result must not depend on what a process has computed before.
+            kernel(_examples(arguments, shape_class, len(tensors)))
+            launch = kernel.launches.get(shape_class)
+        return kernel(arguments) if launch is None else launch(arguments)
     except exc.FailOnRecompileLimitHit:
         return None  # too many kinds of shapes for one kernel; the others go on
     except exc.TorchDynamoException as error:
@@ -468,6 +487,22 @@ def _shape_class(shape: torch.Size) -> ShapeClass | None:
     if len(shape) == 1:
         return None if shape[0] == 1 else (torch.get_num_threads(),)
     return (torch.get_num_threads(), *[-1 if size == 1 else shape.index(size) for size in shape])
+
+
+def _examples(arguments: Sequence[Tensor | None], shape_class: ShapeClass, num_tensors: int) -> list[Tensor | None]:
+    """Arguments like these, of a size that depends on the class of the shape alone."""
+    sizes = (96, 128, 160)
+    shape = tuple(1 if place < 0 else sizes[place] for place in shape_class[1:]) or (2**16,)
+    examples: list[Tensor | None] = []
+    for i, argument in enumerate(arguments):
+        if argument is None or i == len(arguments) - 1:
+            examples.append(argument)
+        elif i < num_tensors:
+            examples.append(torch.zeros(shape, dtype=argument.dtype, device=argument.device))
+        else:
+            count = argument.numel() if argument.numel() == 1 else shape[1]
+            examples.append(torch.ones(count, dtype=argument.dtype, device=argument.device))
+    return examples
 
 
 class _Launch:

@@ -4,10 +4,9 @@ It knows the places where a remedy may act and none of the remedies; everything 
 loop with the same functions.
 """
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sized
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -83,6 +82,11 @@ class OscQATTrainingArguments(TrainingArguments):
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "As in DistributedDataParallel."})
 
     def __post_init__(self) -> None:
+        if self.push_to_hub:
+            raise ValueError(
+                "got push_to_hub=True, expected False: transformers would upload its arguments, a pickle with the "
+                "token inside. Publishing from the trainer comes later; upload the packed folder with huggingface_hub"
+            )
         if self.weight_optimizer not in ("sgd", "adamw"):
             raise ValueError(f"got weight_optimizer={self.weight_optimizer!r}, expected 'sgd' or 'adamw'")
         sharded = "DeepSpeed" if self.deepspeed else "FSDP" if self.fsdp else None
@@ -149,7 +153,10 @@ class OscQATTrainer(ImageTrainer):
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self._gradient_dropped = False
-        self._dead: list[str] = []
+        self._begins_step = True
+        self._batchnorm = batchnorm_layers(model)
+        self._statistics: list[torch.Tensor] = []
+        self._dead: list[str] | None = None
         self._warned: set[str] = set()
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(_LogLastStep)
@@ -205,6 +212,10 @@ class OscQATTrainer(ImageTrainer):
         Raises:
             RuntimeError: after `max_skipped_steps` in a row, with the names of the parameters.
         """
+        statistics = [s for n in self._batchnorm for s in (n.running_mean, n.running_var) if s is not None]
+        if self._begins_step:
+            self._statistics = [statistic.clone() for statistic in statistics]
+        self._begins_step = self.accelerator.sync_gradients
         loss = super().training_step(model, *args, **kwargs)
         if self.accelerator.sync_gradients and self.accelerator.scaler is None:
             named = [(name, parameter.grad) for name, parameter in self.model.named_parameters()]
@@ -212,6 +223,8 @@ class OscQATTrainer(ImageTrainer):
             if bad:
                 for parameter in self.model.parameters():
                     parameter.grad = None
+                if statistics:
+                    torch._foreach_copy_(statistics, self._statistics)
             self._gradient_dropped = bool(bad)
             self._note_skipped(bad, self.args.max_skipped_steps)
         return loss
@@ -256,7 +269,7 @@ class OscQATTrainer(ImageTrainer):
         else:
             average_over_processes(batchnorm_layers(self.model))
         metrics = super().evaluate(*args, **kwargs)
-        self._warn_once(self._dead, "every value has the same integer: what passes through says nothing")
+        self._warn_once(self._dead or [], "every value has the same integer: what passes through says nothing")
         return metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -278,9 +291,12 @@ class OscQATTrainer(ImageTrainer):
         generator = torch.Generator().manual_seed(self.args.seed)
         indices = torch.randperm(len(self.train_dataset), generator=generator)[:wanted].tolist()
         world_size, rank = self.args.world_size, self.args.process_index
+        # A view of its own: workers of training read the epoch of theirs while this goes on.
+        at_epoch = getattr(self.train_dataset, "at_epoch", None)
+        dataset = self.train_dataset if at_epoch is None else at_epoch(0)
         indices = indices[: len(indices) - len(indices) % world_size] or indices * world_size
         loader = DataLoader(
-            Subset(self.train_dataset, indices[rank::world_size]),
+            Subset(dataset, indices[rank::world_size]),
             batch_size=min(self.args.train_batch_size, max(2, len(indices) // world_size)),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
@@ -291,7 +307,7 @@ class OscQATTrainer(ImageTrainer):
         model = self.accelerator.unwrap_model(self.model)
         shown = not self.args.disable_tqdm and self.is_local_process_zero()
         # Evaluation before training meets a model that accelerate has not wrapped yet.
-        with randomness_of(self.args.seed), _at_first_epoch(self.train_dataset), self.accelerator.autocast():
+        with randomness_of(self.args.seed), self.accelerator.autocast():
             progress = tqdm(loader, desc="Re-estimating batch-norm", leave=False, disable=not shown)
             batches = map(self._images, progress)
             first = next(batches)
@@ -314,6 +330,13 @@ class OscQATTrainer(ImageTrainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         # Scales have gradients of another order of magnitude; clipped together, only they would be heard.
         return self.accelerator.clip_grad_norm_(model_parameters(self.model), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # transformers measures it by clipping at infinity, which turns gradients to NaN where their norm overflows.
+        if grad_norm is None:
+            grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            grad_norm = torch.nn.utils.get_total_norm(grads)
+        return float(grad_norm)
 
     def _tick(self, *_: Any) -> None:
         if self._gradient_dropped:  # without a gradient the optimizer does nothing either
@@ -378,7 +401,8 @@ class OscQATTrainer(ImageTrainer):
         at_minimum = scales_at_minimum(self.model)
         scalars["skipped_steps"] = self.skipped_steps
         scalars["scales_at_minimum"] = len(at_minimum)
-        scalars["dead_quantizers"] = len(self._dead)
+        if self._dead is not None:  # looked for in re-estimation
+            scalars["dead_quantizers"] = len(self._dead)
         self._warn_once(at_minimum, "training tried to make this scale zero or negative; it is kept at its minimum")
         step = max(1, self.state.global_step)
         for remedy in self.remedies:
@@ -412,17 +436,3 @@ class _NoteSkippedSteps(TrainerCallback):
 
 def _constant(step: int) -> float:
     return 1.0
-
-
-@contextlib.contextmanager
-def _at_first_epoch(dataset: Any) -> Iterator[None]:
-    """Let a dataset that draws by the epoch draw what it drew in the first one."""
-    if not hasattr(dataset, "set_epoch"):
-        yield
-        return
-    epoch = getattr(dataset, "epoch", 0)
-    dataset.set_epoch(0)
-    try:
-        yield
-    finally:
-        dataset.set_epoch(epoch)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GradientEstimator:
     """The straight-through estimator: rounding has slope 1.
 
@@ -32,6 +32,13 @@ class GradientEstimator:
 
     name: ClassVar[str] = "ste"
     for_inputs: ClassVar[bool] = True
+
+    # By all attributes, fields or not, because kernels are made for an estimator and found again by it.
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *sorted(vars(self).items())))
 
     def noise(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Draw what a random estimator needs for one forward pass, shaped like `x`; None for the others."""
@@ -60,7 +67,7 @@ class GradientEstimator:
         return type(self).noise is not GradientEstimator.noise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EWGS(GradientEstimator):
     """Element-wise gradient scaling: larger where the step would lead away from the integer.
 
@@ -96,7 +103,7 @@ class EWGS(GradientEstimator):
         return 1 + delta * grad.sign() * residual
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StackedSigmoid(GradientEstimator):
     """The slope of a staircase of sigmoids, each scaled to lead exactly from one integer to the next.
 
@@ -125,7 +132,7 @@ class StackedSigmoid(GradientEstimator):
         return _staircase_slope(residual, abs(self.alpha) / 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DSQ(GradientEstimator):
     """Differentiable soft quantization: the slope of a staircase of hyperbolic tangents; forward rounds.
 
@@ -155,7 +162,7 @@ class DSQ(GradientEstimator):
         return _staircase_slope(residual, self.k)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PSG(GradientEstimator):
     """Position-based scaled gradient: the smaller, the nearer a weight is to its integer.
 
@@ -191,7 +198,7 @@ class PSG(GradientEstimator):
         return self.strength * (residual.abs() + self.epsilon)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StochasticRounding(GradientEstimator):
     """Round up with the probability of the remainder while training; straight-through gradient.
 
@@ -211,7 +218,7 @@ class StochasticRounding(GradientEstimator):
         return u.round() if noise is None else (u + noise).floor()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdditiveNoise(GradientEstimator):
     """Add what rounding would, as noise, instead of rounding while training; the gradient is exact.
 

@@ -75,6 +75,8 @@ def one_pass(
     if layout is None or copies:
         return function(tensors, parameters, bounds, axis, *static)
     per_channel = any(p is not None and p.numel() > 1 for p in parameters)
+    if per_channel and any(p is not None and p.numel() not in (1, first.shape[axis]) for p in parameters):
+        return function(tensors, parameters, bounds, axis, *static)  # which says what is wrong
     views = [None if t is None else _view(t, layout, axis if per_channel else None) for t in tensors]
     outputs = None
     if is_compiled(first):
@@ -110,7 +112,7 @@ def in_transform() -> bool:
 
 
 def _layout(x: Tensor) -> torch.memory_format | None:
-    if x.dtype not in FUSED_DTYPES or x.device.type not in ("cpu", "cuda"):
+    if x.dtype not in FUSED_DTYPES or x.device.type not in ("cpu", "cuda") or x.is_neg() or x.numel() == 0:
         return None
     if x.is_contiguous():
         return torch.contiguous_format
@@ -164,19 +166,29 @@ def _compiled(
     first = tensors[0]
     assert first is not None
     device = first.device
-    arguments = [*tensors, *parameters, _on_device(bounds, device)]
-    kinds = tuple([None if a is None else a.dtype for a in arguments])
+    rows = [None if p is None else p.reshape(-1).contiguous() for p in parameters]
+    arguments = [*tensors, *rows, _on_device(bounds, device)]
+    kinds = (
+        *[None if a is None else a.dtype for a in arguments],
+        *[None if p is None else p.numel() > 1 for p in rows],
+    )
     key = (function, static, kinds, per_channel, device, torch.is_inference_mode_enabled())
     kernel = _kernels.get(key)
     if kernel is None:
         kernel = _kernels[key] = _Kernel(function, static, len(tensors), int(per_channel))
-    launch = kernel.launches.get(_shape_class(first.shape))
+    shape_class = _shape_class(first.shape)
+    launch = kernel.launches.get(shape_class)
     if launch is not None:
         return launch(arguments)
     from torch._dynamo import exc  # most of a second at first, which those who never train need not spend
 
     try:
-        return kernel(arguments)
+        if shape_class is not None:
+            # Compiled for sizes of ours: the compiler orders sums by the first size that it sees, and the bits of a
+            # result must not depend on what a process has computed before.
+            kernel(_examples(arguments, shape_class, len(tensors)))
+            launch = kernel.launches.get(shape_class)
+        return kernel(arguments) if launch is None else launch(arguments)
     except exc.FailOnRecompileLimitHit:
         return None  # too many kinds of shapes for one kernel; the others go on
     except exc.TorchDynamoException as error:
@@ -202,6 +214,22 @@ def _shape_class(shape: torch.Size) -> ShapeClass | None:
     if len(shape) == 1:
         return None if shape[0] == 1 else (torch.get_num_threads(),)
     return (torch.get_num_threads(), *[-1 if size == 1 else shape.index(size) for size in shape])
+
+
+def _examples(arguments: Sequence[Tensor | None], shape_class: ShapeClass, num_tensors: int) -> list[Tensor | None]:
+    """Arguments like these, of a size that depends on the class of the shape alone."""
+    sizes = (96, 128, 160)
+    shape = tuple(1 if place < 0 else sizes[place] for place in shape_class[1:]) or (2**16,)
+    examples: list[Tensor | None] = []
+    for i, argument in enumerate(arguments):
+        if argument is None or i == len(arguments) - 1:
+            examples.append(argument)
+        elif i < num_tensors:
+            examples.append(torch.zeros(shape, dtype=argument.dtype, device=argument.device))
+        else:
+            count = argument.numel() if argument.numel() == 1 else shape[1]
+            examples.append(torch.ones(count, dtype=argument.dtype, device=argument.device))
+    return examples
 
 
 class _Launch:

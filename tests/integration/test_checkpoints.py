@@ -9,6 +9,7 @@ from hf_oscqat.integration.checkpoints import (
     MANIFEST,
     checkpoints,
     last_good_checkpoint,
+    processes_of,
     put_in_place,
     what_is_wrong,
     whole_folder,
@@ -136,5 +137,6 @@ class TestLastGoodCheckpoint:
         assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
 
     def test_list_names_every_file_but_itself(self, make_checkpoint):
+        assert processes_of(make_checkpoint(2)) == 1
         listed = json.loads((make_checkpoint(1) / MANIFEST).read_text())["files"]
         assert sorted(listed) == ["model.safetensors", "sub/more.txt"]

@@ -596,6 +596,15 @@ class TestRandomness:
         assert not torch.equal(first, second)
         assert torch.equal(self.pixels(dataset), first)
 
+    def test_view_of_an_epoch_does_not_touch_the_dataset(self, dataset):
+        dataset.set_epoch(2)
+        expected = self.pixels(dataset)
+        view = dataset.at_epoch(0)
+        assert (view.epoch, dataset.epoch) == (0, 2)
+        assert not torch.equal(self.pixels(view), expected)
+        dataset.set_epoch(0)
+        assert torch.equal(self.pixels(view), self.pixels(dataset))
+
     def test_generators_are_left_as_they_were(self, dataset):
         states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
         self.pixels(dataset)

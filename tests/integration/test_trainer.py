@@ -25,6 +25,7 @@ from hf_oscqat import (
     prepare_qat,
     reestimate_batchnorm,
 )
+from hf_oscqat.diagnosis import not_finite
 from hf_oscqat.integration.checkpoints import checkpoints, what_is_wrong, write_manifest
 from hf_oscqat.quantization.gradient_estimators import GRADIENT_ESTIMATORS
 from hf_oscqat.quantization.layers import quantizers
@@ -273,6 +274,26 @@ class TestCheckpoints:
         assert all(torch.equal(whole[name], again[name]) for name in whole)
         assert what_is_wrong(tmp_path / "run" / "checkpoint-10") is None
 
+    def test_good_ones_of_later_steps_stay(self, make_trainer, tmp_path):
+        make_trainer(save_strategy="steps", save_steps=5).train()
+        make_trainer(save_strategy="steps", save_steps=4, max_steps=4).train()
+        assert [path.name for path in checkpoints(tmp_path / "run")] == [
+            "checkpoint-10",
+            "checkpoint-5",
+            "checkpoint-4",
+        ]
+
+    def test_of_another_number_of_processes_is_refused(self, make_trainer, tmp_path):
+        make_trainer(save_strategy="steps", save_steps=5).train()
+        write_manifest(tmp_path / "run" / "checkpoint-10", processes=2)
+        with pytest.raises(ValueError, match="got 1 processes for a checkpoint of 2, expected as many"):
+            make_trainer().train(True)
+
+    def test_of_the_last_step_of_part_of_an_epoch(self, make_trainer):
+        options = {"max_steps": -1, "num_train_epochs": 1.5, "save_strategy": "steps", "save_steps": 3}
+        assert make_trainer(**options).train().global_step == 9
+        assert make_trainer(**options).train(True).global_step == 9
+
     def test_damaged_one_that_is_asked_for_is_an_error(self, make_trainer, tmp_path):
         make_trainer(save_strategy="steps", save_steps=5).train()
         (tmp_path / "run" / "checkpoint-5" / "model.safetensors").write_bytes(b"")
@@ -405,6 +426,26 @@ class TestStepsThatAreNotMade:
         assert any("step 2 is not made: its gradient is not finite in" in message for message in caplog.messages)
         assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
+    def test_large_gradients_of_which_the_norm_overflows_are_no_reason_for_nan(self, make_trainer):
+        trainer = make_trainer(max_steps=1)
+        trainer.create_optimizer()
+        for parameter in trainer.model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e25)
+        assert trainer._get_grad_norm(trainer.model) == float("inf")
+        assert all(torch.isfinite(p.grad).all() for p in trainer.model.parameters())
+
+    def test_statistics_of_batchnorm_are_those_before_the_step(self, make_trainer):
+        trainer = make_trainer(
+            {"batchnorm_reestimation_batches": 0}, train_sampling_strategy="sequential", max_steps=3
+        )
+        trainer.train_dataset = SomeNotFinite({5})
+        trainer.train()
+        assert trainer.skipped_steps == 1
+        assert not_finite(trainer.model.named_buffers()) == not_finite(
+            (name, buffer) for name, buffer in trainer.model.named_buffers() if "oscillation" in name
+        )
+        assert trainer.evaluate()["eval_loss"] < 100
+
     def test_too_many_in_a_row_stop_training_and_name_layers(self, make_trainer):
         trainer = make_trainer(max_skipped_steps=3, max_steps=20)
         trainer.train_dataset = SomeNotFinite(set(range(24)))
@@ -437,6 +478,32 @@ def test_scale_at_its_minimum_and_dead_quantizers_are_named_and_counted(make_tra
     assert len([m for m in messages if m.startswith("classifier.input_quantizer: every value has the same")]) == 1
     assert logged(trainer)[-1]["scales_at_minimum"] == 1
     assert logged(trainer)[-1]["dead_quantizers"] >= 1
+
+
+def test_reestimation_takes_a_view_of_the_data_at_the_first_epoch(make_trainer):
+    seen = []
+
+    class AtEpoch(RandomImages):
+        def __init__(self, epoch=0):
+            self.epoch = epoch
+
+        def at_epoch(self, epoch):
+            return AtEpoch(epoch)
+
+        def __getitem__(self, index):
+            seen.append(self.epoch)
+            return super().__getitem__(index)
+
+    trainer = make_trainer()
+    trainer.train_dataset = AtEpoch(3)
+    trainer.reestimate_batchnorm()
+    assert set(seen) == {0}
+    assert trainer.train_dataset.epoch == 3
+
+
+def test_publishing_by_transformers_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="got push_to_hub=True"):
+        make_trainer(push_to_hub=True)
 
 
 def test_training_data_is_told_the_epoch(make_trainer):

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_oscqat import OscillationTracker, dampening_loss, fake_quantize
 from hf_oscqat.quantization import kernels
 from hf_oscqat.quantization.functional import live_sentinel, quantize, quantize_backward
-from hf_oscqat.quantization.gradient_estimators import EWGS, STRAIGHT_THROUGH
+from hf_oscqat.quantization.gradient_estimators import EWGS, STRAIGHT_THROUGH, GradientEstimator
 from hf_oscqat.quantization.kernels import fused_kernels, one_pass
 from hf_oscqat.remedies.dampening import squared_distance, squared_distance_backward
 from hf_oscqat.remedies.tracker import track
@@ -256,7 +256,7 @@ class TestLaunches:
         for n in (100, 99, 4097, 12_345):
             x = torch.randn(n)
             assert torch.equal(self.quantized(x, scale), self.plain(x, scale))
-        assert compiler_calls == [(100,)]
+        assert compiler_calls == [(2**16,)]
 
     @pytest.mark.parametrize("threads", [1, 2])
     def test_any_number_of_threads(self, threads):
@@ -275,7 +275,7 @@ class TestLaunches:
             if shape[0] > 1:
                 assert torch.equal(self.quantized(x, scale), self.plain(x, scale)), shape
         # Seen as [1, channels, values]: any two sizes, equal sizes, one value a channel; 5 might be that of bounds.
-        assert compiler_calls == [(1, 12, 12), (1, 12, 20), (1, 12, 1), (1, 12, 5)]
+        assert compiler_calls == [(1, 128, 128), (1, 128, 160), (1, 128, 1), (1, 12, 5)]
 
     @pytest.mark.parametrize("n", [1, 2, 3, 8, 9])
     def test_few_values(self, n):
@@ -291,6 +291,67 @@ class TestLaunches:
             tensors = (x, grad, None, None)
             grads = one_pass(quantize_backward, tensors, (scale, None), BOUNDS, static=static)
             assert_same(grads, quantize_backward(tensors, (scale, None), BOUNDS, 0, *static))
+
+    def test_bits_of_a_sum_do_not_depend_on_the_first_size(self, monkeypatch):
+        values, grad = torch.randn(2, 300_000)
+        scale, static, sums = torch.tensor([0.1]), (STRAIGHT_THROUGH, None), []
+        for first in (50, 70_000, 300_000):
+            monkeypatch.setattr(kernels, "_kernels", {})
+            for n in (first, 300_000):
+                tensors = (values[:n].clone(), grad[:n].clone(), None, None)
+                grads = one_pass(quantize_backward, tensors, (scale, None), BOUNDS, static=static)
+            sums.append(grads[1])
+        assert torch.equal(sums[0], sums[1])
+        assert torch.equal(sums[0], sums[2])
+
+    @pytest.mark.parametrize("form", ["strided", "expanded", "column", "contiguous"])
+    def test_scales_in_any_form(self, form):
+        x = torch.randn(40, 50)
+        make = {
+            "strided": lambda: (torch.rand(80) + 0.1)[::2],
+            "expanded": lambda: torch.tensor([0.1]).expand(40),
+            "column": lambda: torch.rand(40, 1) + 0.1,
+            "contiguous": lambda: torch.rand(40) + 0.1,
+        }
+        self.quantized(x, make["contiguous"]())
+        scale = make[form]()
+        assert torch.equal(self.quantized(x, scale), self.plain(x, scale))
+
+    def test_scales_that_do_not_fit_are_an_error(self):
+        x = torch.randn(40, 50)
+        self.quantized(x, torch.rand(40) + 0.1)
+        with pytest.raises(RuntimeError):
+            self.quantized(x, torch.rand(20) + 0.1)
+
+    def test_one_scale_with_a_zero_point_for_each_channel(self):
+        x, zero_point = torch.randn(40, 50), torch.arange(40.0) % 5
+        for scale in (torch.rand(40) + 0.1, torch.tensor([0.2]), torch.tensor(0.2)):
+            tensors, static = (x, None, None), (STRAIGHT_THROUGH, None)
+            (y,) = one_pass(quantize, tensors, (scale, zero_point), (0, 15), static=static)
+            assert torch.equal(y, quantize(tensors, (scale, zero_point), (0, 15), 0, *static)[0])
+
+    def test_estimators_with_settings_of_any_kind_have_their_own_kernels(self):
+        class Steep(GradientEstimator):
+            def __init__(self, k):
+                object.__setattr__(self, "k", k)
+
+            def slope(self, distance, grad, levels):
+                return torch.full_like(distance, self.k)
+
+        x = torch.full((50,), 0.03, requires_grad=True)
+        with torch.enable_grad():
+            for k in (1.0, 3.0):
+                y = fake_quantize(x, torch.tensor([0.1]), None, *BOUNDS, gradient_estimator=Steep(k))
+                (grad,) = torch.autograd.grad(y.sum(), x)
+                assert grad[0] == k
+
+    def test_lazily_negated_and_empty_tensors(self):
+        scale = torch.tensor([0.1])
+        x = torch.randn(5000)
+        negated = torch._neg_view(x)
+        assert torch.equal(self.quantized(negated, scale), self.plain(-x, scale))
+        assert self.quantized(torch.empty(0), scale).shape == (0,)
+        assert torch.equal(self.quantized(x, scale), self.plain(x, scale))
 
     def test_nothing_is_held_on_to(self):
         x = torch.randn(50)
