@@ -581,6 +581,7 @@ def _write_json(path: Path, content: Any) -> None:
 if __name__ == "__main__":
     try:
         main()
+        PartialState().wait_for_everyone()  # whoever leaves first would break the others' connections
     except ValueError as error:
         # Bad input: the message is for the user, the traceback is not.
         transformers.logging.get_logger("run_qat").debug("", exc_info=True)

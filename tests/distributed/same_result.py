@@ -4,6 +4,7 @@ accelerate launch --config_file ../../training/accelerate/cpu_2proc.yaml same_re
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -122,4 +123,6 @@ def train(folder: Path, method: str, accumulation: int, batchnorm: str, steps: i
 if __name__ == "__main__":
     for name, settings in json.loads(sys.argv[2]).items():
         train(Path(sys.argv[1], name), **settings)
-    PartialState().destroy_process_group()
+    PartialState().wait_for_everyone()
+    sys.stdout.flush()
+    os._exit(0)  # threads of several process groups' worth of trainers now and then abort at a regular exit
