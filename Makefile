@@ -11,13 +11,13 @@ demo: $(VENV)/installed  ## float training, low-bit training, packing and the ta
 		training/run_qat.py $(RECIPE)
 
 test: quality  ## lint, types and the tests that take seconds
-	$(BIN)/pytest -n 2 --dist loadgroup -q -m "not long"
+	$(BIN)/pytest -n 2 --dist loadfile -q -m "not long"
 
 test-long: quality  ## all tests
-	$(BIN)/pytest -n 2 --dist loadgroup -q
+	$(BIN)/pytest -n 2 --dist loadfile -q
 
 test-oldest: $(VENV)-oldest/installed  ## the tests that take seconds, with the oldest supported versions
-	$(VENV)-oldest/bin/pytest -n 2 --dist loadgroup -q -m "not long"
+	$(VENV)-oldest/bin/pytest -n 2 --dist loadfile -q -m "not long"
 
 quality: $(VENV)/installed  ## lint, format and types, changing nothing
 	$(BIN)/ruff check .

@@ -133,10 +133,9 @@ def _run(settings: Settings, data: ImageData) -> dict[str, Any]:
     data_speed = _data_speed(data, trainer)
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.evaluate()  # re-estimates batch-norm on the final weights
-    with training.main_process_first():
-        if training.should_save:
-            with whole_folder(output_dir / "qat") as folder:
-                trainer.save_model(str(folder))
+    if training.should_save:
+        with whole_folder(output_dir / "qat") as folder:
+            trainer.save_model(str(folder))
     trainer.save_state()
 
     # In mixed precision accelerate has wrapped forward; what is packed and checked is the float32 model.

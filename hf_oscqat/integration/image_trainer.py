@@ -224,7 +224,7 @@ class _Preemption(TrainerCallback):
 
 
 class _TellEpoch(TrainerCallback):
-    """Tells the training data the epoch; accelerate tells its sampler only."""
+    """Tells the training data the epoch; where there are several processes, accelerate tells its sampler only."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer

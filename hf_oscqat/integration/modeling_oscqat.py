@@ -354,7 +354,7 @@ def one_pass(
     outputs = None
     if is_compiled(first):
         outputs = _compiled(function, static, views, parameters, bounds, per_channel)
-    if outputs is None and first.is_cpu and not per_channel and first.numel() > _chunk():
+    if outputs is None and first.is_cpu and not per_channel and first.numel() > chunk_size():
         outputs = _in_chunks(function, static, views, parameters, bounds, shaped)
     if outputs is None:
         return function(tensors, parameters, bounds, axis, *static)
@@ -613,7 +613,8 @@ def _on_device(bounds: tuple[float, ...], device: torch.device) -> Tensor:
 # --- In chunks ---
 
 
-def _chunk() -> int:
+def chunk_size() -> int:
+    """How many values to take at a time, with what is done to them in several operations."""
     return CHUNK * torch.get_num_threads()
 
 
@@ -629,7 +630,7 @@ def _in_chunks(
     assert first is not None
     outputs: list[Tensor] = []
     sums: list[Tensor] = []
-    chunk = _chunk()
+    chunk = chunk_size()
     for start in range(0, first.numel(), chunk):
         end = start + chunk
         parts = [None if t is None else t[start:end] for t in tensors]
@@ -1113,10 +1114,6 @@ def _shifts(like: Tensor, count: int, step: int) -> Tensor:
 
 
 # --- hf_oscqat.quantization.packed
-PART = 2**17
-"""Values for each thread that its second-level cache holds."""
-
-
 class FormatError(ValueError):
     """A packed checkpoint says something that cannot be so."""
 
@@ -1337,7 +1334,7 @@ def _round(
         low, high = max(low, first), min(high, last)
     if activation is None or x.dtype != dtype:
         return (x / scale).round_().clamp_(low, high).mul_(scale).to(x.dtype)
-    count = PART * torch.get_num_threads()
+    count = chunk_size()
     for part in x.view(-1).split(count) if x.numel() > count and x.is_contiguous() else (x,):
         part.div_(scale).round_().clamp_(low, high).mul_(scale)
     return x
@@ -1503,16 +1500,6 @@ def fold_activations(model: nn.Module) -> None:
         if bounds is not None and _quantizes_input(layer):
             layer.input_activation = bounds  # type: ignore[assignment]
             _replace(block, path, FoldedActivation(activation))
-
-
-def unfold_activations(model: nn.Module) -> None:
-    """Put activations back where they were, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, FoldedActivation):
-            _replace(model, name, module.activation)
-    for module in model.modules():
-        if hasattr(module, "input_activation"):
-            module.input_activation = None  # type: ignore[assignment]
 
 
 def _quantizes_input(layer: nn.Module) -> bool:

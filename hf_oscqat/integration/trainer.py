@@ -5,10 +5,11 @@ loop with the same functions.
 """
 
 import logging
+import math
 import os
 from collections.abc import Sized
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -153,6 +154,7 @@ class OscQATTrainer(ImageTrainer):
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self._gradient_dropped = False
+        self._grad_norm: float | None = None  # of the step being made; not known while fp16's scaler has it scaled
         self._begins_step = True
         self._batchnorm = batchnorm_layers(model)
         self._statistics: list[torch.Tensor] = []
@@ -218,8 +220,10 @@ class OscQATTrainer(ImageTrainer):
         self._begins_step = self.accelerator.sync_gradients
         loss = super().training_step(model, *args, **kwargs)
         if self.accelerator.sync_gradients and self.accelerator.scaler is None:
-            named = [(name, parameter.grad) for name, parameter in self.model.named_parameters()]
-            bad = not_finite(named)
+            self._grad_norm = self._norm_of_gradients()
+            bad = []
+            if not math.isfinite(self._grad_norm):  # it may also have overflowed
+                bad = not_finite((name, parameter.grad) for name, parameter in self.model.named_parameters())
             if bad:
                 for parameter in self.model.parameters():
                     parameter.grad = None
@@ -310,11 +314,11 @@ class OscQATTrainer(ImageTrainer):
         with randomness_of(self.args.seed), self.accelerator.autocast():
             progress = tqdm(loader, desc="Re-estimating batch-norm", leave=False, disable=not shown)
             batches = map(self._images, progress)
-            first = next(batches)
+            first = list(islice(batches, 1))
             reestimate_batchnorm(
-                model, chain([first], batches), total_variance=self.oscqat_config.batchnorm_total_variance
+                model, chain(first, batches), total_variance=self.oscqat_config.batchnorm_total_variance
             )
-            self._dead = dead_quantizers(model, first)
+            self._dead = dead_quantizers(model, first[0])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Each process has seen other images; without this, rank 0's statistics would be saved and the others' lost.
@@ -334,9 +338,12 @@ class OscQATTrainer(ImageTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # transformers measures it by clipping at infinity, which turns gradients to NaN where their norm overflows.
         if grad_norm is None:
-            grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            grad_norm = torch.nn.utils.get_total_norm(grads)
+            grad_norm = self._norm_of_gradients() if self._grad_norm is None else self._grad_norm
         return float(grad_norm)
+
+    def _norm_of_gradients(self) -> float:
+        grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
 
     def _tick(self, *_: Any) -> None:
         if self._gradient_dropped:  # without a gradient the optimizer does nothing either

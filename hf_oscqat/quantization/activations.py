@@ -54,16 +54,6 @@ def fold_activations(model: nn.Module) -> None:
             _replace(block, path, FoldedActivation(activation))
 
 
-def unfold_activations(model: nn.Module) -> None:
-    """Put activations back where they were, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, FoldedActivation):
-            _replace(model, name, module.activation)
-    for module in model.modules():
-        if hasattr(module, "input_activation"):
-            module.input_activation = None  # type: ignore[assignment]
-
-
 def _quantizes_input(layer: nn.Module) -> bool:
     """Whether a layer, in training form or packed, has a quantizer that can take an activation in."""
     if isinstance(layer, PackedLayer):

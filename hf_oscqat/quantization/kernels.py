@@ -81,7 +81,7 @@ def one_pass(
     outputs = None
     if is_compiled(first):
         outputs = _compiled(function, static, views, parameters, bounds, per_channel)
-    if outputs is None and first.is_cpu and not per_channel and first.numel() > _chunk():
+    if outputs is None and first.is_cpu and not per_channel and first.numel() > chunk_size():
         outputs = _in_chunks(function, static, views, parameters, bounds, shaped)
     if outputs is None:
         return function(tensors, parameters, bounds, axis, *static)
@@ -340,7 +340,8 @@ def _on_device(bounds: tuple[float, ...], device: torch.device) -> Tensor:
 # --- In chunks ---
 
 
-def _chunk() -> int:
+def chunk_size() -> int:
+    """How many values to take at a time, with what is done to them in several operations."""
     return CHUNK * torch.get_num_threads()
 
 
@@ -356,7 +357,7 @@ def _in_chunks(
     assert first is not None
     outputs: list[Tensor] = []
     sums: list[Tensor] = []
-    chunk = _chunk()
+    chunk = chunk_size()
     for start in range(0, first.numel(), chunk):
         end = start + chunk
         parts = [None if t is None else t[start:end] for t in tensors]

@@ -17,12 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_oscqat.quantization.functional import Activation, broadcast_to_axis, fake_quantize, output_axis
-from hf_oscqat.quantization.kernels import is_traced
+from hf_oscqat.quantization.kernels import chunk_size, is_traced
 from hf_oscqat.quantization.packing import pack_bits, packed_width, unpack_bits
 from hf_oscqat.quantization.timm_layers import convolve, is_standardised, standardise
-
-PART = 2**17
-"""Values for each thread that its second-level cache holds."""
 
 
 class FormatError(ValueError):
@@ -245,7 +242,7 @@ def _round(
         low, high = max(low, first), min(high, last)
     if activation is None or x.dtype != dtype:
         return (x / scale).round_().clamp_(low, high).mul_(scale).to(x.dtype)
-    count = PART * torch.get_num_threads()
+    count = chunk_size()
     for part in x.view(-1).split(count) if x.numel() > count and x.is_contiguous() else (x,):
         part.div_(scale).round_().clamp_(low, high).mul_(scale)
     return x

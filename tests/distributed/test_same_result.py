@@ -10,7 +10,6 @@ from launching import launch, run
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("same_result.py")
-pytestmark = pytest.mark.xdist_group("same_result")  # or each worker would train for itself
 METHODS = ("lsq", "dampen", "freeze")
 INTEGERS = ("previous_int", "direction", "frozen_int")
 

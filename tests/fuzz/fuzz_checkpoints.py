@@ -7,14 +7,11 @@ within 2 seconds and with less than 500 MB more than before. Anything else is pr
 again, and the exit code is 1.
 """
 
-import argparse
 import collections
 import json
-import logging
 import resource
 import shutil
 import struct
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,14 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from fuzzing import Outcomes, run
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification
 
 from hf_oscqat import CheckpointError, OscQATConfig, calibrate, pack, prepare_qat
 from hf_oscqat.integration.models import timm_wrapper
-
-logger = logging.getLogger("fuzz")
 
 SECONDS, MEGABYTES = 2.0, 500
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -333,7 +329,7 @@ def _peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def fuzz(count: int, seed: int) -> tuple[collections.Counter[str], list[str]]:
+def fuzz(count: int, seed: int) -> Outcomes:
     """Try so many.
 
     Returns:
@@ -355,25 +351,6 @@ def fuzz(count: int, seed: int) -> tuple[collections.Counter[str], list[str]]:
     return outcomes, unexpected
 
 
-def main() -> None:
-    """Run and report.
-
-    Raises:
-        SystemExit: with code 1, if anything unexpected happened.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    transformers.logging.set_verbosity_error()
-    outcomes, unexpected = fuzz(options.count, options.seed)
-    for line in unexpected:
-        logger.info("%s", line)
-    for outcome, times in outcomes.most_common():
-        logger.info("%6d  %s", times, outcome)
-    raise SystemExit(bool(unexpected))
-
-
 if __name__ == "__main__":
-    main()
+    transformers.logging.set_verbosity_error()
+    run(__doc__, fuzz, count=5000)

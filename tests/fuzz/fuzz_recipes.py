@@ -5,9 +5,7 @@
 Anything else is printed with the seed that makes it again, and the exit code is 1.
 """
 
-import argparse
 import collections
-import logging
 import random
 import shutil
 import sys
@@ -17,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from fuzzing import Outcomes, run
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "training"))
 
 from arguments import parse  # noqa: E402 - beside run_qat.py, which is no package
-
-logger = logging.getLogger("fuzz")
 
 SECONDS = 2.0
 DATA = ["--dataset_name", "digits"]  # the recipes leave that to their users
@@ -63,7 +60,7 @@ def damage(text: str, chance: random.Random) -> tuple[str, str]:
     return yaml.safe_dump(content), f"{how} of {key}: {place.get(key)!r}"
 
 
-def fuzz(count: int, seed: int) -> tuple[collections.Counter[str], list[str]]:
+def fuzz(count: int, seed: int) -> Outcomes:
     """Try so many.
 
     Returns:
@@ -96,24 +93,5 @@ def fuzz(count: int, seed: int) -> tuple[collections.Counter[str], list[str]]:
     return outcomes, unexpected
 
 
-def main() -> None:
-    """Run and report.
-
-    Raises:
-        SystemExit: with code 1, if anything unexpected happened.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    outcomes, unexpected = fuzz(options.count, options.seed)
-    for line in unexpected:
-        logger.info("%s", line)
-    for outcome, times in outcomes.most_common():
-        logger.info("%6d  %s", times, outcome)
-    raise SystemExit(bool(unexpected))
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, fuzz, count=1000)

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_oscqat import OscQATConfig, calibrate, pack, prepare_qat, reestimate_batchnorm
 from hf_oscqat.prepare import _observing_inputs
-from hf_oscqat.quantization.activations import FoldedActivation, fold_activations, unfold_activations
+from hf_oscqat.quantization.activations import FoldedActivation, fold_activations
 from hf_oscqat.quantization.layers import quantized_layers
 
 FOLDED = {
@@ -31,6 +31,16 @@ def prepared(name, scheme="symmetric"):
     prepare_qat(model, OscQATConfig(activation_scheme=scheme))
     calibrate(model, [images])
     return model, images
+
+
+def unfold_activations(model):
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FoldedActivation):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, module.activation)
+    for module in model.modules():
+        if hasattr(module, "input_activation"):
+            module.input_activation = None
 
 
 def folded(model):

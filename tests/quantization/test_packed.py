@@ -195,7 +195,7 @@ def test_inputs_are_rounded_as_by_fake_quantize(dtype, scheme, bits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_behind_a_folded_activation_the_input_takes_the_result(monkeypatch, activation, scheme, dtype, layout):
-    monkeypatch.setattr("hf_oscqat.quantization.packed.PART", 7)
+    monkeypatch.setattr("hf_oscqat.quantization.kernels.CHUNK", 7)
     layer = pack(trained("conv2d", activation_scheme=scheme)[0])[0]
     layer.input_activation = activation
     scale, zero_point, grid = layer.input_scale, layer.input_zero_point, layer.format.input
