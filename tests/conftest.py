@@ -1,5 +1,6 @@
 """Shared fixtures: everything here is small, deterministic and offline."""
 
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from transformers.utils import logging as transformers_logging
 from hf_oscqat import OscQATConfig, calibrate, prepare_qat, reestimate_batchnorm
 
 torch.set_num_threads(1)
+# What torch's compiler writes for its own tools, whichever test is the first to compile something, is said to nobody.
+logging.getLogger("torch.__trace").addFilter(lambda record: False)
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=50)
 settings.load_profile("repeatable")
 transformers_logging.disable_progress_bar()
