@@ -1,0 +1,571 @@
+"""Accuracy at low width with and without the remedies, on CIFAR-10, from one float model and with equal budgets.
+
+The unit is one training, a cell: network, width, method and seed. Each writes a file of its own when it is done, and
+the table is made of the files that there are. So a table that was stopped goes on where it was, several processes may
+fill one together, and parts may be trained on other machines. A cell measures accuracy before and after batch-norm
+re-estimation: plain LSQ and LSQ with re-estimation are one training.
+
+Each method gets as many trials, on images held out of the training split; the best learning rate and strength, by
+accuracy after re-estimation, are what its cells train with.
+"""
+
+import copy
+import json
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import timm
+import torch
+from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hf_oscqat.config import OscQATConfig, check_keys
+from hf_oscqat.integration.data import DataArguments
+from hf_oscqat.integration.export import pack
+from hf_oscqat.prepare import calibrate, prepare_qat
+from hf_oscqat.remedies.batchnorm import reestimate_batchnorm
+from hf_oscqat.report.pictures import AFTER, BEFORE, FROZEN, OSCILLATING, tidy
+from hf_oscqat.studies.base import Study, StudyResult
+from hf_oscqat.studies.small_images import (
+    Batches,
+    Images,
+    SmallImages,
+    accuracy,
+    load_small_images,
+    train_float,
+    train_on_grid,
+    training_batches,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is tuned: a learning rate and, for a remedy, its strength at the end of training."""
+
+    learning_rate: float
+    strength: float | None = None
+
+
+Grid = dict[str, tuple[Trial, ...]]
+"""Trials of each method, as many for each."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is trained; all that decides what a cell measures.
+
+    Args:
+        networks: timm name -> widths to train at, such as W4A4, or W3 for weights only.
+        model_args: further arguments of `timm.create_model`.
+        train_images: at most so many images of the training split are used, None for all.
+        held_out: how many of these are for the trials.
+        float_epochs: passes in float.
+        float_learning_rate: of SGD in float.
+        float_weight_decay: of SGD in float.
+        float_batch_size: images in a batch in float.
+        epochs: passes on the grid.
+        tuning_epochs: the same for a trial.
+        batch_size: images in a batch on the grid.
+        weight_decay: of SGD on the grid.
+        scale_learning_rate: of Adam for scales.
+        momentum: of the oscillation tracker.
+        reestimation_batches: batches that batch-norm is re-estimated from.
+        seeds: trainings of each kind.
+        trials: what is tried for each method.
+        size: pixels.
+        mirror: whether training images are mirrored.
+    """
+
+    networks: dict[str, tuple[str, ...]]
+    model_args: dict[str, Any]
+    train_images: int | None
+    held_out: int
+    float_epochs: float
+    float_learning_rate: float
+    float_weight_decay: float
+    float_batch_size: int
+    epochs: float
+    tuning_epochs: float
+    batch_size: int
+    weight_decay: float
+    scale_learning_rate: float
+    momentum: float
+    reestimation_batches: int
+    seeds: int
+    trials: Grid
+    size: int = 32
+    mirror: bool = True
+
+
+METHODS: dict[str, Callable[[float, float], dict[str, Any]]] = {
+    "lsq": lambda strength, momentum: {},
+    "dampening": lambda strength, momentum: {"dampening": {"weight": 0.0, "weight_final": strength}},
+    "freezing": lambda strength, momentum: {
+        "freezing": {"threshold": 0.1, "threshold_final": strength, "momentum": momentum}
+    },
+}
+"""Method -> its part of the `OscQATConfig`, given its strength and the tracker's momentum; schedules as published."""
+
+BUDGETS: dict[str, Budget] = {
+    # The whole protocol. 20 epochs, 3 seeds and batches of 128 are the paper's, for its ablations.
+    "gpu": Budget(
+        networks={"mobilenetv2_100": ("W4A4", "W3A3", "W3"), "efficientnet_lite0": ("W3A3",)},
+        model_args={"output_stride": 8},
+        train_images=None,
+        held_out=5000,
+        float_epochs=150,
+        float_learning_rate=0.1,
+        float_weight_decay=5e-4,
+        float_batch_size=128,
+        epochs=20,
+        tuning_epochs=20,
+        batch_size=128,
+        weight_decay=2.5e-5,
+        scale_learning_rate=1e-5,
+        momentum=0.002,
+        reestimation_batches=50,
+        seeds=3,
+        trials={
+            "lsq": tuple(Trial(rate) for rate in (0.0033, 0.01, 0.02, 0.033, 0.066, 0.1)),
+            "dampening": tuple(Trial(rate, s) for rate in (0.01, 0.033, 0.066) for s in (0.1, 1.0)),
+            "freezing": tuple(Trial(rate, s) for rate in (0.01, 0.033, 0.066) for s in (0.008, 0.015)),
+        },
+    ),
+    # What two cores finish in an hour.
+    "cpu": Budget(
+        networks={"mobilenetv2_035": ("W3A3", "W3")},
+        model_args={"output_stride": 16},
+        train_images=None,
+        held_out=5000,
+        float_epochs=6,
+        float_learning_rate=0.05,
+        float_weight_decay=1e-4,
+        float_batch_size=64,
+        epochs=1.5,
+        tuning_epochs=0.5,
+        batch_size=32,
+        weight_decay=2.5e-5,
+        scale_learning_rate=1e-5,
+        momentum=0.005,
+        reestimation_batches=50,
+        seeds=3,
+        trials={
+            "lsq": (Trial(0.01), Trial(0.03), Trial(0.1)),
+            "dampening": (Trial(0.03, 0.1), Trial(0.03, 1.0), Trial(0.1, 1.0)),
+            "freezing": (Trial(0.03, 0.01), Trial(0.03, 0.03), Trial(0.1, 0.03)),
+        },
+    ),
+    # Seconds, to see that it works; on any small images.
+    "smoke": Budget(
+        networks={"test_efficientnet": ("W3A3",)},
+        model_args={},
+        train_images=96,
+        held_out=32,
+        float_epochs=2,
+        float_learning_rate=0.05,
+        float_weight_decay=1e-4,
+        float_batch_size=16,
+        epochs=2,
+        tuning_epochs=1,
+        batch_size=16,
+        weight_decay=2.5e-5,
+        scale_learning_rate=1e-5,
+        momentum=0.05,
+        reestimation_batches=2,
+        seeds=2,
+        trials={
+            "lsq": (Trial(0.05), Trial(0.1)),
+            "dampening": (Trial(0.05, 1.0), Trial(0.1, 1.0)),
+            "freezing": (Trial(0.05, 0.06), Trial(0.1, 0.06)),
+        },
+        mirror=False,
+    ),
+}
+
+
+@dataclass
+class Cifar10Settings(DataArguments):
+    """Options of the study: where images and results are, and which part of the table to fill."""
+
+    budget: str = field(default="gpu", metadata={"help": f"How much to train: {', '.join(BUDGETS)}."})
+    device: str | None = field(default=None, metadata={"help": "Such as cuda or cpu. Default: the fastest there is."})
+    output_dir: str = field(default="runs/cifar10", metadata={"help": "Folder for cells, table and picture."})
+    networks: list[str] = field(default_factory=list, metadata={"help": "Fill these rows only. Default: all."})
+    widths: list[str] = field(default_factory=list, metadata={"help": "Fill these rows only. Default: all."})
+    methods: list[str] = field(default_factory=list, metadata={"help": "Fill these rows only. Default: all."})
+    seeds: list[int] = field(default_factory=list, metadata={"help": "Fill with these seeds only. Default: all."})
+    again: bool = field(default=False, metadata={"help": "Train the chosen cells anew where they are done already."})
+    table_only: bool = field(default=False, metadata={"help": "Train nothing; make the table of what there is."})
+    threads: int | None = field(default=None, metadata={"help": "Threads of a CPU. Default: torch's."})
+    compile: bool = field(default=False, metadata={"help": "Train with torch.compile, which pays for long cells."})
+
+    def __post_init__(self) -> None:
+        if not self.table_only:
+            super().__post_init__()
+        check_keys([self.budget], BUDGETS, "--budget")
+        budget = BUDGETS[self.budget]
+        check_keys(self.networks, budget.networks, f"--networks of budget {self.budget}")
+        widths = {width for of_one in budget.networks.values() for width in of_one}
+        check_keys(self.widths, widths, f"--widths of budget {self.budget}")
+        check_keys(self.methods, METHODS, "--methods")
+        if wrong := [seed for seed in self.seeds if seed not in range(budget.seeds)]:
+            raise ValueError(f"got --seeds {wrong}, expected some of 0 to {budget.seeds - 1} in budget {self.budget}")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where to train."""
+        if self.device is not None:
+            return torch.device(self.device)
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+    @property
+    def use_cpu(self) -> bool:
+        """Whether no accelerator is used, for the record of the study."""
+        return self.torch_device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training."""
+
+    network: str
+    width: str
+    method: str
+    seed: int
+
+    @property
+    def bits(self) -> tuple[int, int | None]:
+        """Width of weights, and of activations or None for float."""
+        match = re.fullmatch(r"W(\d)(?:A(\d))?", self.width)
+        if match is None:
+            raise ValueError(f"got width {self.width!r}, expected one such as W4A4, or W3 for weights only")
+        return int(match[1]), None if match[2] is None else int(match[2])
+
+
+def cells(budget: Budget) -> list[Cell]:
+    """Every cell of the table, one seed after the other, so that a table that is stopped has rows of equal length."""
+    return [
+        Cell(network, width, method, seed)
+        for network, widths in budget.networks.items()
+        for width in widths
+        for seed in range(budget.seeds)
+        for method in METHODS
+    ]
+
+
+class Table:
+    """A table in a folder, and what fills it.
+
+    Args:
+        settings: see `Cifar10Settings`.
+
+    Attributes:
+        budget: what is trained.
+        folder: with `float/`, `trials/` and `cells/`.
+    """
+
+    def __init__(self, settings: Cifar10Settings) -> None:
+        self.settings = settings
+        self.budget = BUDGETS[settings.budget]
+        self.folder = Path(settings.output_dir)
+        self._images: SmallImages | None = None
+        self._float_models: dict[str, nn.Module] = {}
+
+    def fill(self) -> None:
+        """Train what is chosen and missing: float models, trials, cells."""
+        s = self.settings
+        chosen = [
+            cell
+            for cell in cells(self.budget)
+            if (not s.networks or cell.network in s.networks)
+            and (not s.widths or cell.width in s.widths)
+            and (not s.methods or cell.method in s.methods)
+            and (not s.seeds or cell.seed in s.seeds)
+        ]
+        if s.again:
+            for cell in chosen:
+                self._file("cells", cell).unlink(missing_ok=True)
+        missing = [cell for cell in chosen if self._read(self._file("cells", cell)) is None]
+        for network in dict.fromkeys(cell.network for cell in missing):
+            self._float_model(network)
+        kinds = dict.fromkeys((cell.network, cell.width, cell.method) for cell in missing)
+        self._finish(
+            {
+                self._file("trials", Cell(*kind, seed=i)): partial(self._try, kind, trial)
+                for kind in kinds
+                for i, trial in enumerate(self.budget.trials[kind[2]])
+            }
+        )
+        self._finish({self._file("cells", cell): partial(self._train, cell) for cell in missing})
+
+    def results(self, cell: Cell) -> dict[str, Any] | None:
+        """What a cell measured; None if it is missing."""
+        return self._read(self._file("cells", cell))
+
+    def trials(self, cell: Cell) -> list[dict[str, Any]]:
+        """What was tried for cells of that kind."""
+        count = len(self.budget.trials[cell.method])
+        kind = (cell.network, cell.width, cell.method)
+        found = (self._read(self._file("trials", Cell(*kind, seed=i))) for i in range(count))
+        return [trial for trial in found if trial is not None]
+
+    def best(self, cell: Cell) -> Trial:
+        """The trial that a cell trains with."""
+        best = max(self.trials(cell), key=lambda trial: trial["after"])
+        return Trial(best["learning_rate"], best["strength"])
+
+    def _finish(self, jobs: dict[Path, Callable[[], dict[str, Any]]]) -> None:
+        """Do what no file is there of. What another process is at is waited for at the end only."""
+        for timeout in (0, -1):
+            for file, job in jobs.items():
+                try:
+                    with self._lock(file, timeout):
+                        if self._read(file) is None:
+                            logger.info("%s", file.stem)
+                            self._write(file, job())
+                except Timeout:
+                    logger.info("%s is being done by another process", file.stem)
+
+    def _try(self, kind: tuple[str, str, str], trial: Trial) -> dict[str, Any]:
+        cell = Cell(*kind, seed=0)
+        try:
+            return self._measure(cell, trial, self.budget.tuning_epochs, self.images.held_out)
+        except FloatingPointError as error:
+            logger.warning("%s", error)
+            return {**asdict(cell), **asdict(trial), "before": 0.0, "after": 0.0, "diverged": True}
+
+    def _train(self, cell: Cell) -> dict[str, Any]:
+        return self._measure(cell, self.best(cell), self.budget.epochs, self.images.test)
+
+    def _measure(self, cell: Cell, trial: Trial, epochs: float, images: Images) -> dict[str, Any]:
+        b, device = self.budget, self.settings.torch_device
+        weight_bits, activation_bits = cell.bits
+        config = OscQATConfig(
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            tracker_momentum=b.momentum,
+            **METHODS[cell.method](trial.strength or 0.0, b.momentum),
+        )
+        model = copy.deepcopy(self._float_model(cell.network))
+        prepare_qat(model, config)
+        # The published code calibrates with one batch; of small ones it takes some more to see as many values.
+        calibrate(model, (pixels for pixels, _ in self._some_batches(4, seed=0)))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in pack(model).state_dict().values())
+        model.to(memory_format=torch.channels_last)
+        steps = self._steps(epochs, b.batch_size)
+        torch.manual_seed(cell.seed)
+        training = train_on_grid(
+            model,
+            config,
+            self._batches(b.batch_size, seed=1 + cell.seed),
+            steps,
+            learning_rate=trial.learning_rate,
+            weight_decay=b.weight_decay,
+            scale_learning_rate=b.scale_learning_rate,
+            compiled=self.settings.compile,
+        )
+        before = accuracy(model, images, self.images.normalise)
+        reestimate_batchnorm(model, (pixels for pixels, _ in self._some_batches(b.reestimation_batches, seed=0)))
+        return {
+            **asdict(cell),
+            **asdict(trial),
+            "before": before,
+            "after": accuracy(model, images, self.images.normalise),
+            "images": len(images),
+            "steps": steps,
+            "packed_bytes": size,
+            **asdict(training),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()}",
+            "versions": {name: version(name) for name in ("hf_oscqat", "torch", "timm")},
+            "date": date.today().isoformat(),
+        }
+
+    def _float_model(self, network: str) -> nn.Module:
+        if network not in self._float_models:
+            file = self.folder / "float" / f"{network}.json"
+            weights = file.with_suffix(".safetensors")
+            torch.manual_seed(0)
+            model = timm.create_model(network, num_classes=self.images.classes, **self.budget.model_args)
+            model = model.to(self.settings.torch_device, memory_format=torch.channels_last)
+            with self._lock(file, -1):
+                if self._read(file) is None:
+                    self._write(file, self._train_float(model, network, weights))
+            model.load_state_dict(load_file(weights))
+            self._float_models[network] = model.eval()
+        return self._float_models[network]
+
+    def _train_float(self, model: nn.Module, network: str, weights: Path) -> dict[str, Any]:
+        b = self.budget
+        steps = self._steps(b.float_epochs, b.float_batch_size)
+        logger.info("float training of %s, %d steps", network, steps)
+        batches = self._batches(b.float_batch_size, seed=0)
+        train_float(model, batches, steps, learning_rate=b.float_learning_rate, weight_decay=b.float_weight_decay)
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
+        return {
+            "network": network,
+            "test": accuracy(model, self.images.test, self.images.normalise),
+            "held_out": accuracy(model, self.images.held_out, self.images.normalise),
+            "steps": steps,
+        }
+
+    @property
+    def images(self) -> SmallImages:
+        """All images, decoded when they are first needed."""
+        if self._images is None:
+            b = self.budget
+            images = load_small_images(self.settings, b.size, b.held_out, self.settings.torch_device)
+            if b.train_images is not None:
+                images = images._replace(train=images.train[: b.train_images - b.held_out])
+            self._images = images
+        return self._images
+
+    def _batches(self, batch_size: int, seed: int) -> Batches:
+        train = self.images.train
+        return training_batches(train, self.images.normalise, batch_size, seed, self.budget.mirror)
+
+    def _some_batches(self, count: int, seed: int) -> Batches:
+        batches = self._batches(self.budget.batch_size, seed)
+        return (next(batches) for _ in range(count))
+
+    def _steps(self, epochs: float, batch_size: int) -> int:
+        return max(1, round(epochs * (len(self.images.train) // batch_size)))
+
+    def _file(self, part: str, cell: Cell) -> Path:
+        return self.folder / part / f"{cell.network}-{cell.width}-{cell.method}-{cell.seed}.json"
+
+    def _lock(self, file: Path, timeout: float) -> FileLock:
+        locks = self.folder / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        return FileLock(locks / f"{file.parent.name}-{file.stem}.lock", timeout=timeout)
+
+    def _read(self, file: Path) -> dict[str, Any] | None:
+        if not file.is_file():
+            return None
+        content = json.loads(file.read_text(encoding="utf-8"))
+        own = self._protocol()
+        if content["protocol"] != own:
+            differing = sorted(key for key in own if content["protocol"].get(key) != own[key])
+            raise ValueError(
+                f"got {file}, made with other {', '.join(differing)}, expected results of one protocol in a folder: "
+                "choose another --output_dir or --budget, or remove it"
+            )
+        return content
+
+    def _write(self, file: Path, content: dict[str, Any]) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_suffix(f".{os.getpid()}.new")
+        text = json.dumps({**content, "protocol": self._protocol()}, indent=1)
+        beside.write_text(text + "\n", encoding="utf-8")
+        beside.rename(file)
+
+    def _protocol(self) -> dict[str, Any]:
+        """All that results in one table have in common. What only decides how many there are is left out."""
+        common = asdict(self.budget)
+        for key in ("networks", "seeds"):
+            del common[key]
+        return json.loads(json.dumps(common))
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count > 1)}"
+
+
+def run(settings: Cifar10Settings) -> StudyResult:
+    """Fill the table as far as is asked for, and make it."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    table = Table(settings)
+    if not settings.table_only:
+        table.fill()
+    kinds = dict.fromkeys((cell.network, cell.width, cell.method) for cell in cells(table.budget))
+    found = {kind: [table.results(Cell(*kind, seed)) for seed in range(table.budget.seeds)] for kind in kinds}
+    rows = [_row(kind, results) for kind, results in found.items()]
+    missing = sum(result is None for results in found.values() for result in results)
+    total = len(cells(table.budget))
+    if missing == total:
+        raise ValueError(f"got no finished cell in {table.folder}, expected at least one: train some first")
+    finding = f"{total - missing} of {total} cells are there" + (f", {missing} are missing." if missing else ".")
+    floats = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(table.folder.glob("float/*.json"))]
+    finding += "".join(f" {f['network']} in float: {f['test']:.2f}%." for f in floats)
+    return StudyResult(rows, _draw(found), finding)
+
+
+def _row(kind: tuple[str, str, str], results: list[dict[str, Any] | None]) -> dict[str, Any]:
+    there = [result for result in results if result is not None]
+
+    def summary(key: str, digits: int = 2) -> str:
+        values = [result[key] for result in there]
+        if not values:
+            return ""
+        # One value has no standard deviation.
+        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{fmean(values):.{digits}f}{spread}"
+
+    network, width, method = kind
+    return {
+        "network": network,
+        "width": width,
+        "method": method,
+        "seeds": len(there),
+        "before": summary("before"),
+        "after": summary("after"),
+        "oscillating_percent": summary("oscillating_percent", 3),
+        "frozen_percent": summary("frozen_percent"),
+        "seconds": summary("seconds", 0),
+        "packed_bytes": there[0]["packed_bytes"] if there else "",
+        "missing_seeds": ", ".join(str(seed) for seed, result in enumerate(results) if result is None),
+    }
+
+
+def _draw(found: dict[tuple[str, str, str], list[dict[str, Any] | None]]) -> Figure:
+    there = {kind: [r for r in results if r is not None] for kind, results in found.items()}
+    panels = [panel for panel in dict.fromkeys(kind[:2] for kind in there) if any(there[(*panel, m)] for m in METHODS)]
+    figure = Figure(figsize=(1.2 + 3.2 * len(panels), 5.4), dpi=150, layout="constrained")
+    axes: Any = figure.subplots(2, len(panels), squeeze=False)
+    colours = dict(zip(METHODS, (BEFORE, FROZEN, OSCILLATING), strict=True))
+    for column, panel in enumerate(panels):
+        top, bottom = axes[:, column]
+        for place, method in enumerate(METHODS):
+            results = there[(*panel, method)]
+            for key, offset, colour in (("before", -0.15, BEFORE), ("after", 0.15, AFTER)):
+                values = [result[key] for result in results]
+                top.scatter([place + offset] * len(values), values, color=colour, s=16, label=key if not place else "")
+            for result in results:
+                steps, shares = zip(
+                    *((point["step"], point["oscillating_percent"]) for point in result["history"]), strict=True
+                )
+                label = method if result is results[0] else ""
+                bottom.plot(steps, shares, color=colours[method], linewidth=1.2, label=label)
+        top.set_xticks(range(len(METHODS)), list(METHODS))
+        top.set_xlim(-0.5, len(METHODS) - 0.5)
+        top.set_title(" ".join(panel), loc="left", fontsize=9)
+        top.set(ylabel="top-1 accuracy, %")
+        bottom.set(xlabel="step", ylabel="oscillating weights, %")
+        bottom.set_ylim(bottom=0)
+        tidy(top, legend={"title": "re-estimation", "fontsize": 7, "title_fontsize": 7})
+        tidy(bottom, legend={"fontsize": 7})
+    return figure
+
+
+STUDY = Study(
+    name="cifar10",
+    question="How much accuracy do the remedies save on CIFAR-10, and how much oscillation is left?",
+    source="Nagel et al. (ICML 2022), sec. 5, tables 2 and 4 to 8",
+    settings=Cifar10Settings,
+    run=run,
+)

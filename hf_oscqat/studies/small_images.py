@@ -1,0 +1,280 @@
+"""Small images that are kept decoded in memory, and training on them in a plain loop.
+
+Reading, cropping and mirroring 32 x 32 pixels one image at a time costs more than a small network's step. So all
+images are one uint8 tensor, on the device where the network is, and a whole batch is cropped and mirrored by one
+indexing, whose result has the channels-last layout that convolutions prefer.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from hf_oscqat.config import OscQATConfig
+from hf_oscqat.integration.data import DataArguments, ImageDataset, load_image_data
+from hf_oscqat.integration.optimizer import create_optimizer
+from hf_oscqat.prepare import model_parameters, quantizer_parameters
+from hf_oscqat.quantization.layers import quantizers
+from hf_oscqat.remedies.base import take_tick
+from hf_oscqat.remedies.batchnorm import evaluation_mode
+from hf_oscqat.remedies.tracker import OscillationTracker
+
+logger = logging.getLogger(__name__)
+
+PADDING = 4
+"""Pixels of black around an image before a random crop of its own size."""
+
+POINTS = 20
+"""How many times a training on the grid notes its oscillations."""
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+"""Images `[N, 3, size, size]`, normalised, and labels `[N]`."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded images; `len`, slices and indices work as with a tensor.
+
+    Attributes:
+        pixels: uint8 `[N, size, size, 3]`.
+        labels: int64 `[N]`.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __getitem__(self, which: slice | Tensor) -> "Images":
+        return Images(self.pixels[which], self.labels[which])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Images":
+        """Return them on a device."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+class Normaliser(NamedTuple):
+    """Mean and standard deviation of each channel, in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, images: Images) -> "Normaliser":
+        """Measure those of some images."""
+        pixels = images.pixels.reshape(-1, 3)[:: max(1, len(images) // 1000)].double() / 255
+        return cls(pixels.mean(0).float(), pixels.std(0).float())
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Turn uint8 `[N, H, W, 3]` into float `[N, 3, H, W]` in the channels-last layout."""
+        return ((pixels.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+class SmallImages(NamedTuple):
+    """What is trained, tuned and tested on.
+
+    Attributes:
+        train: training images.
+        held_out: drawn from the training split for choosing settings; nothing trains on them.
+        test: images of the validation split.
+        classes: number of classes.
+        normalise: with mean and standard deviation of the training images.
+    """
+
+    train: Images
+    held_out: Images
+    test: Images
+    classes: int
+    normalise: Normaliser
+
+
+def load_small_images(args: DataArguments, size: int, held_out: int, device: torch.device) -> SmallImages:
+    """Decode everything, in a fixed random order.
+
+    Args:
+        args: where the images are; the settings of augmentation are not looked at.
+        size: pixels; images of another size are resized.
+        held_out: how many training images to hold out.
+        device: where to keep them.
+
+    Raises:
+        ValueError: if not enough training images are left.
+    """
+    data = load_image_data(args, seed=0)
+    assert data.train is not None
+    if len(data.train) <= held_out:
+        raise ValueError(f"got {len(data.train)} training images, expected more than the {held_out} to hold out")
+    train, test = (_decoded(dataset, size).to(device) for dataset in (data.train, data.validation))
+    # Training splits may be sorted by class.
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(device)
+    train = train[order]
+    rest = train[held_out:]
+    return SmallImages(rest, train[:held_out], test, len(data.class_names), Normaliser.of(rest))
+
+
+def _decoded(dataset: ImageDataset, size: int) -> Images:
+    def array(image: Image.Image) -> np.ndarray:
+        image = image.convert("RGB")
+        return np.asarray(image if image.size == (size, size) else image.resize((size, size)))
+
+    pixels = np.stack([array(dataset.open(i)) for i in range(len(dataset))])
+    return Images(torch.from_numpy(pixels), torch.as_tensor(dataset.labels))
+
+
+def training_batches(images: Images, normalise: Normaliser, batch_size: int, seed: int, mirror: bool) -> Batches:
+    """Yield randomly cropped batches for ever, the same for the same seed.
+
+    Args:
+        images: training images.
+        normalise: see `Normaliser`.
+        batch_size: images in each; what is left over at the end of a pass is dropped.
+        seed: of order, crops and mirroring.
+        mirror: whether to mirror half of them.
+
+    Raises:
+        ValueError: if there are fewer images than one batch.
+    """
+    if len(images) < batch_size:
+        raise ValueError(f"got batch_size={batch_size} and {len(images)} training images, expected one full batch")
+    size, device = images.pixels.shape[1], images.pixels.device
+    generator = torch.Generator().manual_seed(seed)
+    padded = nn.functional.pad(images.pixels, (0, 0, PADDING, PADDING, PADDING, PADDING))
+    line = torch.arange(size, device=device)
+    while True:
+        order = torch.randperm(len(images), generator=generator).to(device)
+        for chosen in order[: len(images) // batch_size * batch_size].split(batch_size):
+            offsets = torch.randint(2 * PADDING + 1, (2, batch_size, 1), generator=generator).to(device)
+            flipped = (torch.rand(batch_size, 1, generator=generator) < 0.5 * mirror).to(device)
+            rows, columns = offsets[0] + line, offsets[1] + torch.where(flipped, size - 1 - line, line)
+            pixels = padded[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
+            yield normalise(pixels), images.labels[chosen]
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, images: Images, normalise: Normaliser, batch_size: int = 500) -> float:
+    """Top-1 accuracy in percent."""
+    hits = 0
+    with evaluation_mode(model):
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            hits += int((model(normalise(batch.pixels)).argmax(1) == batch.labels).sum())
+    return 100 * hits / len(images)
+
+
+def train_float(
+    model: nn.Module, batches: Batches, steps: int, *, learning_rate: float, weight_decay: float
+) -> nn.Module:
+    """Train with SGD, Nesterov's momentum, a tenth of the steps for warm-up and a cosine to 0 after it; in place."""
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=learning_rate, momentum=0.9, weight_decay=weight_decay, nesterov=True
+    )
+    warmup = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    model.train()
+    for step, (pixels, labels) in enumerate(islice(batches, steps), start=1):
+        loss = nn.functional.cross_entropy(model(pixels), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % max(1, steps // POINTS) == 0:
+            logger.info("float step %d of %d: loss %.3f", step, steps, loss.item())
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class GridTraining:
+    """What a training on the grid was like, besides the model.
+
+    Attributes:
+        history: oscillating and frozen weights in percent, and the loss, at some steps.
+        oscillating_percent: at the end.
+        scale_caused_percent: of the last oscillations, those by a moving scale.
+        frozen_percent: at the end.
+        seconds: of the steps alone.
+    """
+
+    history: list[dict[str, float]]
+    oscillating_percent: float
+    scale_caused_percent: float
+    frozen_percent: float
+    seconds: float
+
+
+def train_on_grid(
+    model: nn.Module,
+    config: OscQATConfig,
+    batches: Batches,
+    steps: int,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    scale_learning_rate: float,
+    compiled: bool = False,
+) -> GridTraining:
+    """Train a prepared and calibrated model with the remedies of its config, in place; a cosine to 0, no warm-up.
+
+    Batch-norm statistics are left as training leaves them.
+
+    Raises:
+        FloatingPointError: if the loss is not finite: the learning rate was too high.
+    """
+    optimizer = create_optimizer(
+        [{"params": list(model_parameters(model)), "weight_decay": weight_decay}],
+        list(quantizer_parameters(model)),
+        [q.scale for _, q in quantizers(model) if isinstance(q.scale, nn.Parameter)],
+        weight_optimizer="sgd",
+        learning_rate=learning_rate,
+        momentum=0.9,
+        adam_betas=(0.9, 0.999),
+        adam_epsilon=1e-8,
+        scale_learning_rate=scale_learning_rate,
+    )
+    tracker = OscillationTracker(model, config.momentum, use_ema=config.use_ema)
+    remedies = config.remedies()
+    forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+    history: list[dict[str, float]] = []
+    model.train()
+    start = time.perf_counter()
+    for step, (pixels, labels) in enumerate(islice(batches, steps), start=1):
+        for group in optimizer.param_groups[:1]:
+            group["lr"] = learning_rate * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
+        extra = [term for r in remedies if (term := r.loss(model, step, steps)) is not None]
+        loss = nn.functional.cross_entropy(forward(pixels), labels)
+        sum(extra, start=loss).backward()
+        take_tick(tracker, remedies, step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % max(1, steps // POINTS) == 0 or step == steps:
+            history.append({"step": step, "loss": loss.item(), **_percentages(tracker)})
+            logger.info("step %d of %d: %s", step, steps, {k: round(v, 3) for k, v in history[-1].items()})
+            if not math.isfinite(history[-1]["loss"]):
+                raise FloatingPointError(f"got a loss of {loss.item()} at step {step}, expected a finite one")
+    seconds = time.perf_counter() - start
+    model.eval()
+    return GridTraining(
+        history=history,
+        scale_caused_percent=100 * tracker.scale_caused_fraction,
+        seconds=seconds,
+        **_percentages(tracker),
+    )
+
+
+def _percentages(tracker: OscillationTracker) -> dict[str, float]:
+    return {
+        "oscillating_percent": 100 * tracker.oscillating_fraction,
+        "frozen_percent": 100 * tracker.frozen_fraction,
+    }

@@ -1,0 +1,186 @@
+"""The table of accuracies on small images, whole but tiny: it is filled in parts, and says what is missing."""
+
+import csv
+import json
+import logging
+
+import pytest
+import torch
+
+from hf_oscqat.integration.data import DataArguments
+from hf_oscqat.studies import cifar10
+from hf_oscqat.studies.base import show, write
+from hf_oscqat.studies.cifar10 import BUDGETS, METHODS, STUDY, Cell, Cifar10Settings, Table, Trial, cells, run
+from hf_oscqat.studies.small_images import PADDING, Images, Normaliser, load_small_images, training_batches
+
+SMOKE = {"dataset_name": "digits", "budget": "smoke", "device": "cpu", "max_eval_samples": 40}
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory):
+    """A folder with the cells of two methods and one seed, and the result of the run that filled it."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    settings = Cifar10Settings(**SMOKE, output_dir=str(folder), methods=["lsq", "freezing"], seeds=[0])
+    return folder, run(settings)
+
+
+def test_half_a_table_names_what_is_missing(half_done):
+    _, result = half_done
+    missing = {row["method"]: row["missing_seeds"] for row in result.rows}
+    assert missing == {"lsq": "1", "dampening": "0, 1", "freezing": "1"}
+    assert "2 of 6 cells are there, 4 are missing." in result.finding
+    assert "test_efficientnet in float" in result.finding
+
+
+def test_the_rest_is_filled_without_training_anything_twice(half_done, caplog, tmp_path):
+    folder, _ = half_done
+    before = {path: path.read_bytes() for path in folder.glob("*/*.json")}
+    caplog.set_level(logging.INFO, logger="hf_oscqat.studies.cifar10")
+    settings = Cifar10Settings(**SMOKE, output_dir=str(folder))
+    result = run(settings)
+    assert not any(row["missing_seeds"] for row in result.rows)
+    assert result.finding.startswith("6 of 6 cells are there.")
+    assert all(path.read_bytes() == content for path, content in before.items())
+    trained = [message for message in caplog.messages if message.startswith("test_efficientnet-")]
+    # Two trials of the method that was missing, and the four cells.
+    assert len(trained) == 2 + 4
+    files = write(STUDY, settings, result)
+    show(STUDY, result, files)
+    with files[0].open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == list(METHODS)
+    assert all("±" in row["after"] for row in rows)
+    caplog.clear()
+    assert run(Cifar10Settings(output_dir=str(folder), budget="smoke", table_only=True)).rows == result.rows
+    assert not caplog.messages
+
+
+def test_the_same_cell_again_measures_the_same(half_done):
+    folder, _ = half_done
+    file = folder / "cells" / "test_efficientnet-W3A3-freezing-0.json"
+    first = json.loads(file.read_text())
+    run(Cifar10Settings(**SMOKE, output_dir=str(folder), methods=["freezing"], seeds=[0], again=True))
+    second = json.loads(file.read_text())
+    assert first.pop("seconds") != second.pop("seconds")
+    assert first == second
+    assert first["steps"] == 2 * (64 // 16)
+    assert first["images"] == 40
+    assert first["history"][-1]["frozen_percent"] == first["frozen_percent"] > 0
+
+
+def test_the_best_trial_is_taken(half_done, monkeypatch):
+    folder, _ = half_done
+    table = Table(Cifar10Settings(**SMOKE, output_dir=str(folder)))
+    cell = Cell("test_efficientnet", "W3A3", "freezing", 0)
+    trials = table.trials(cell)
+    assert [Trial(t["learning_rate"], t["strength"]) for t in trials] == list(BUDGETS["smoke"].trials["freezing"])
+    monkeypatch.setattr(table, "trials", lambda cell: [trials[0] | {"after": 1.0}, trials[1] | {"after": 2.0}])
+    assert table.best(cell) == Trial(0.1, 0.06)
+
+
+def test_a_training_that_diverges_is_the_worst_trial(half_done, monkeypatch):
+    folder, _ = half_done
+    table = Table(Cifar10Settings(**SMOKE, output_dir=str(folder)))
+
+    def diverge(*args, **kwargs):
+        raise FloatingPointError("got a loss of nan")
+
+    monkeypatch.setattr(cifar10, "train_on_grid", diverge)
+    measured = table._try(("test_efficientnet", "W3A3", "lsq"), Trial(0.1))
+    assert measured["diverged"]
+    assert measured["after"] == 0
+
+
+def test_results_of_another_protocol_are_refused(half_done):
+    folder, _ = half_done
+    settings = Cifar10Settings(output_dir=str(folder), budget="cpu", table_only=True)
+    other = folder / "cells" / "test_efficientnet-W3A3-lsq-0.json"
+    for cell in cells(BUDGETS["cpu"])[:1]:
+        copied = other.with_name(f"{cell.network}-{cell.width}-{cell.method}-{cell.seed}.json")
+        copied.write_bytes(other.read_bytes())
+        with pytest.raises(ValueError, match=r"made with other batch_size, epochs, .*expected"):
+            run(settings)
+        copied.unlink()
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="got no finished cell"):
+        run(Cifar10Settings(output_dir=str(tmp_path), table_only=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": "tpu"}, "got unknown key 'tpu' in --budget"),
+        ({"methods": ["dampenning"]}, "Did you mean 'dampening'"),
+        ({"widths": ["W2"]}, "got unknown key 'W2'"),
+        ({"networks": ["resnet18"]}, "got unknown key 'resnet18'"),
+        ({"seeds": [7]}, "expected some of 0 to 1 in budget smoke"),
+        ({"dataset_name": None}, "expected one source of images"),
+    ],
+)
+def test_bad_options_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        Cifar10Settings(**{**SMOKE, **options})
+
+
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+def test_every_method_gets_as_many_trials(budget):
+    assert budget.trials.keys() == METHODS.keys()
+    assert len({len(trials) for trials in budget.trials.values()}) == 1
+    assert all((t.strength is None) == (m == "lsq") for m, trials in budget.trials.items() for t in trials)
+
+
+def test_widths():
+    assert Cell("n", "W4A4", "lsq", 0).bits == (4, 4)
+    assert Cell("n", "W3", "lsq", 0).bits == (3, None)
+    with pytest.raises(ValueError, match="got width 'W3A', expected one such as W4A4"):
+        _ = Cell("n", "W3A", "lsq", 0).bits
+
+
+def images(count=6, size=8):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
+    return Images(pixels, torch.arange(count))
+
+
+SAME = Normaliser(torch.zeros(3), torch.full((3,), 1 / 255))
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_batches_are_crops_of_the_padded_images(mirror):
+    data = images()
+    batches = training_batches(data, SAME, 3, seed=0, mirror=mirror)
+    flips = 0
+    for _ in range(20):
+        pixels, labels = next(batches)
+        assert pixels.shape == (3, 3, 8, 8)
+        assert pixels.is_contiguous(memory_format=torch.channels_last)
+        for image, label in zip(pixels, labels, strict=True):
+            padded = torch.nn.functional.pad(data.pixels[label].permute(2, 0, 1), (PADDING,) * 4).float()
+            windows = padded.unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+            plain = bool(torch.isclose(windows, image).flatten(1).all(1).any())
+            flipped = bool(torch.isclose(windows, image.flip(-1)).flatten(1).all(1).any())
+            assert plain or flipped
+            flips += flipped and not plain
+    assert (flips > 0) == mirror
+
+
+def test_an_epoch_has_each_image_once_and_a_seed_repeats():
+    first, second = (training_batches(images(), SAME, 3, seed=1, mirror=True) for _ in range(2))
+    labels = torch.cat([next(first)[1], next(first)[1]])
+    assert labels.sort().values.tolist() == list(range(6))
+    assert torch.equal(next(second)[1], labels[:3])
+    with pytest.raises(ValueError, match="got batch_size=7 and 6 training images"):
+        next(training_batches(images(), SAME, 7, seed=0, mirror=False))
+
+
+def test_held_out_images_are_not_trained_on():
+    args = DataArguments(dataset_name="digits")
+    loaded = load_small_images(args, size=8, held_out=100, device=torch.device("cpu"))
+    assert (len(loaded.train), len(loaded.held_out), len(loaded.test)) == (1337, 100, 360)
+    assert loaded.classes == 10
+    everything = load_small_images(args, size=8, held_out=0, device=torch.device("cpu")).train
+    assert torch.equal(torch.cat([loaded.held_out.labels, loaded.train.labels]), everything.labels)
+    with pytest.raises(ValueError, match="got 1437 training images, expected more than the 1437 to hold out"):
+        load_small_images(args, size=8, held_out=1437, device=torch.device("cpu"))
