@@ -163,6 +163,24 @@ def _averages(sums: list[_StatisticSums], saved: list[_Statistics]) -> list[_Sta
     ]
 
 
+def kl_divergence(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    """KL divergence of a normal distribution from another, per channel, in nats.
+
+    Formula: `KL(N(mean, var) || N(running_mean, running_var))
+    = (log(running_var / var) + (var + (mean - running_mean)^2) / running_var - 1) / 2`.
+
+    Args:
+        mean: of the population, `[channels]`.
+        var: of the population.
+        running_mean: of the batch-norm layer.
+        running_var: of the batch-norm layer.
+
+    Returns:
+        `[channels]`, at least 0 but for rounding.
+    """
+    return ((running_var / var).log() + (var + (mean - running_mean).square()) / running_var - 1) / 2
+
+
 def average_over_processes(layers: list[_BatchNorm]) -> None:
     """Replace running statistics by their average over all processes; does nothing in a single process."""
     if _num_processes() == 1:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_oscqat.prepare import short_name
 from hf_oscqat.quantization.layers import QUANTIZABLE
-from hf_oscqat.remedies.batchnorm import batchnorm_layers, reestimate_batchnorm
+from hf_oscqat.remedies.batchnorm import batchnorm_layers, kl_divergence, reestimate_batchnorm
 from hf_oscqat.report.pictures import AFTER, BEFORE, OSCILLATING, tidy
 from hf_oscqat.studies.base import Study, StudyResult
 from hf_oscqat.studies.experiment import Experiment, ExperimentSettings
@@ -37,24 +37,6 @@ class ReestimationSettings(BatchNormSettings):
 
     widths: list[int] = field(default_factory=lambda: [8, 4, 3], metadata={"help": "Widths of weights to compare."})
     seeds: int = field(default=1, metadata={"help": "Trainings at each width."})
-
-
-def kl_divergence(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-    """KL divergence of a normal distribution from another, per channel, in nats.
-
-    Formula: `KL(N(mean, var) || N(running_mean, running_var))
-    = (log(running_var / var) + (var + (mean - running_mean)^2) / running_var - 1) / 2`.
-
-    Args:
-        mean: of the population, `[channels]`.
-        var: of the population.
-        running_mean: of the batch-norm layer.
-        running_var: of the batch-norm layer.
-
-    Returns:
-        `[channels]`, at least 0 but for rounding.
-    """
-    return ((running_var / var).log() + (var + (mean - running_mean).square()) / running_var - 1) / 2
 
 
 def divergences(model: PreTrainedModel, experiment: Experiment, batches: int) -> dict[str, Tensor]:

@@ -1,0 +1,163 @@
+"""The report as a file: what is in it, what is not, and what it is made from."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_oscqat.report.charts import COLOURS
+from hf_oscqat.report.page import write_report
+from hf_oscqat.report.recording import read_recording
+
+SECTIONS = ["training", "shares", "layers", "paths", "distances", "batchnorm", "scales", "layer-table"]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, make_recording):
+    """Page of one run."""
+    return write_report([make_recording(tmp_path_factory.mktemp("one") / "freeze").parent])
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, make_recording):
+    """Page of two runs."""
+    folder = tmp_path_factory.mktemp("two")
+    make_recording(folder / "freeze")
+    make_recording(folder / "lsq", freezing=False, seed=1)
+    return write_report([folder / "freeze", folder / "lsq"])
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and which are left open."""
+
+    VOID = {"meta", "link", "br"}
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.open = [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.mark.parametrize("which", ["one", "two"])
+def test_page_needs_nothing_from_anywhere(which, request):
+    page = Page(request.getfixturevalue(which))
+    for _, attributes in page.elements:
+        for key in ("src", "href", "xlink:href", "action", "srcset"):
+            assert attributes.get(key, "#").startswith(("#", "data:"))
+        assert not re.search(r"url\((?!#)", attributes.get("style", ""))
+    assert "default-src 'none'" in page.of("meta")[2]["content"]
+    styles = re.findall(r"<style>.*?</style>", request.getfixturevalue(which).read_text(), flags=re.DOTALL)
+    assert not re.search(r"@import|url\(", "".join(styles))
+
+
+@pytest.mark.parametrize("which", ["one", "two"])
+def test_charts_say_what_they_show_and_take_the_colours_of_the_page(which, request):
+    path = request.getfixturevalue(which)
+    page, text = Page(path), path.read_text(encoding="utf-8")
+    charts = page.of("svg")
+    assert len(charts) == (12 if which == "one" else 22)
+    assert all(chart["role"] == "img" and len(chart["aria-label"]) > 5 for chart in charts)
+    assert len(page.of("figcaption")) == len(charts)
+    drawings = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    assert not [colour for colour in COLOURS if colour in drawings]
+    assert "var(--oscillating)" in drawings
+
+
+@pytest.mark.parametrize("which", ["one", "two"])
+def test_anchors_lead_somewhere_and_ids_are_unique(which, request):
+    page = Page(request.getfixturevalue(which))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert [a["href"] for a in page.of("a")] == [f"#{name}" for name in SECTIONS]
+    used = [a[key][1:] for _, a in page.elements for key in ("href", "xlink:href") if a.get(key, "").startswith("#")]
+    used += re.findall(r"url\(#([^)]+)\)", request.getfixturevalue(which).read_text())
+    used += [a["aria-labelledby"] for _, a in page.elements if "aria-labelledby" in a]
+    assert set(used) <= set(ids)
+
+
+def test_table_has_a_row_for_each_layer_with_what_was_recorded(one):
+    recording = read_recording(one.parent.parent)
+    text = one.read_text(encoding="utf-8")
+    table = re.search(r'<table id="table">.*?</table>', text, flags=re.DOTALL).group()
+    rows = re.findall(r"<tr>(.*?)</tr>", table, flags=re.DOTALL)[1:]
+    cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
+    assert [row[1] for row in cells] == [layer.name for layer in recording.layers]
+    assert [float(row[4]) for row in cells] == pytest.approx((100 * recording.oscillating[-1]).round(2).tolist())
+    assert [float(row[8]) for row in cells] == pytest.approx(recording.batchnorm[200][0].tolist(), rel=1e-2)
+
+
+def test_two_runs_stand_side_by_side(two):
+    assert two.parent.name == "report_lsq"
+    text = two.read_text(encoding="utf-8")
+    assert "A: freeze" in text
+    assert "B: lsq" in text
+    rows = re.findall(r'<div class="charts">(.*?)</div>', text, flags=re.DOTALL)
+    assert all(row.count("<figure>") == 2 for row in rows)
+    assert "B: Oscillating, end, %" in text
+
+
+def test_pictures_for_the_card_lie_beside_the_page(one):
+    assert {path.name for path in one.parent.iterdir()} == {
+        "report.html", "oscillation.png", "distances.png", "layers.png",
+    }  # fmt: skip
+    for path in one.parent.glob("*.png"):
+        with Image.open(path) as image:
+            assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_the_same_recording_gives_the_same_page(one, tmp_path):
+    again = write_report([one.parent.parent], tmp_path)
+    assert again.read_text(encoding="utf-8") == one.read_text(encoding="utf-8")
+
+
+def test_steps_can_be_chosen_and_the_nearest_recorded_ones_are_shown(one, tmp_path):
+    text = write_report([one.parent.parent], tmp_path, steps=[52, 199]).read_text(encoding="utf-8")
+    assert re.findall(r">step ([\d,]+)</text>", text) == ["50", "200"]
+    assert "Step by step, up to step 50." in text
+
+
+def test_a_run_of_one_recording_without_log_has_a_page_too(make_recording, tmp_path):
+    path = make_recording(tmp_path / "begun", steps=(1,))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"row":"log"' not in line))
+    text = write_report([path.parent]).read_text(encoding="utf-8")
+    assert "to 1 of 200" in text
+    assert 'id="training"' not in text
+    assert 'id="shares"' in text
+
+
+def test_runs_of_different_models_can_be_compared(make_recording, tmp_path):
+    make_recording(tmp_path / "small", layers=2, steps=(1, 10))
+    make_recording(tmp_path / "large", layers=4, steps=(1, 10, 20))
+    text = write_report([tmp_path / "small", tmp_path / "large"]).read_text(encoding="utf-8")
+    assert text.count('<th scope="row" data-key="blocks') == 4
+
+
+def test_names_are_text_and_no_markup(make_recording, tmp_path):
+    path = make_recording(tmp_path / "run", steps=(1, 10))
+    path.write_text(path.read_text().replace("mobilenetv2_050", "<script>alert(1)</script>"))
+    text = write_report([path.parent]).read_text(encoding="utf-8")
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_three_runs_are_refused(one):
+    with pytest.raises(ValueError, match="got 3 folders, expected that of one run, or of two"):
+        write_report([one.parent.parent] * 3)
