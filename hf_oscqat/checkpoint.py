@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,24 @@ def header_metadata(model: nn.Module) -> dict[str, str]:
     }
     content = {"format_version": FORMAT_VERSION, "layers": layers_to_dict(model), "sha256": digests}
     return {METADATA_KEY: json.dumps(content, separators=(",", ":"))}
+
+
+def sort_metadata(path: Path) -> None:
+    """Write the metadata of a safetensors file in order, in place, so that equal checkpoints are equal files.
+
+    safetensors itself writes them in an order that differs from time to time. The header keeps its length.
+
+    Args:
+        path: a file that safetensors has just written.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        content = json.loads(file.read(length))
+        content["__metadata__"] = dict(sorted(content.get("__metadata__", {}).items()))
+        header = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(header) <= length:
+            file.seek(8)
+            file.write(header.ljust(length))
 
 
 def digest(tensor: Tensor) -> str:

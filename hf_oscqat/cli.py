@@ -2,17 +2,16 @@
 
 import argparse
 import gc
+import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from rich.console import Console
-
-if TYPE_CHECKING:
-    from hf_oscqat.prepare import LayerDescription
+from rich.table import Table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,31 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line without the program's name; None takes the real one.
 
     Returns:
-        Exit status: 0, or 2 for input that cannot be used, which is explained on standard error.
+        Exit status: 0; 1 where `evaluate` measures something else than was claimed; 2 for input that cannot be used,
+        which is explained on standard error.
     """
-    parser = argparse.ArgumentParser(
-        prog="oscqat",
-        description="Low-bit training of timm models that overcomes weight oscillations.",
-        epilog="example: oscqat study toy --output_dir runs/studies",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    study = commands.add_parser(
-        "study", add_help=False, help="run one of the paper's studies; `oscqat study` lists them"
-    )
-    study.add_argument("name", nargs="?")
-    inspect = commands.add_parser(
-        "inspect",
-        help="what is quantized in a timm model, and what stays float and why",
-        description="List the layers of a timm model as they would be quantized, without downloading weights.",
-        epilog="example: oscqat inspect mobilenetv2_100 --weight-bits 4 --activation-bits 4",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    inspect.add_argument("name", help="a timm name")
-    for option, default in (("--weight-bits", 4), ("--activation-bits", 4), ("--first-last-bits", 8)):
-        inspect.add_argument(option, type=_bits, default=default, metavar="BITS", help="2 to 8, or float")
-    inspect.add_argument(
-        "--modules-to-not-convert", nargs="+", default=[], metavar="PATTERN", help="layers that stay float"
-    )
+    parser, commands = _parser()
     args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if rest and args.command != "study":
@@ -59,12 +37,201 @@ def main(argv: Sequence[str] | None = None) -> int:
         from hf_oscqat.integration.register import register
 
         register()
-        return _study(args.name, rest)
+        return _study(args.name, rest) if args.command == "study" else commands[args.command](args)
     except ValueError as error:
         # Bad input: the message is for the user, the traceback is not.
         logging.getLogger(__name__).debug("", exc_info=True)
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, False, []) else action.help
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Namespace], int]]]:
+    """Return the parser, and the function of each command but `study` and `inspect`."""
+    parser = argparse.ArgumentParser(
+        prog="oscqat",
+        description="Low-bit training of timm models that overcomes weight oscillations.",
+        epilog="example: oscqat study toy --output_dir runs/studies",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, description: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=help,
+            description=description,
+            epilog=f"example: oscqat {example}",
+            formatter_class=_Help,
+        )
+
+    evaluate = command(
+        "evaluate",
+        "measure again what a model's card claims",
+        "Measure again what the card of a packed model claims, on the same images prepared in the same way, and "
+        "compare. Exit status: 0 reproduced, 1 different, 2 cannot be run again. On all images of the claim 0.1 "
+        "points of difference are allowed, or one image; on a subset three standard errors.",
+        "evaluate runs/quickstart/packed",
+    )
+    evaluate.add_argument("source", help="a folder with a packed model, or a Hub id such as org/name")
+    evaluate.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    evaluate.add_argument(
+        "--dataset", help="the images: a folder with a folder per class, one that `datasets` reads, or a Hub id"
+    )
+    evaluate.add_argument("--max-samples", type=_count, metavar="N", help="measure on a random subset")
+    evaluate.add_argument("--batch-size", type=_count, default=64, metavar="N", help="images at once")
+    evaluate.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that load images")
+    evaluate.add_argument("--device", choices=("cpu", "cuda", "mps"), help="by default the accelerator there is")
+    evaluate.add_argument("--json", metavar="FILE", help="write what was claimed and measured")
+    evaluate.add_argument("--open-pr", action="store_true", help="propose the measured values as one pull request")
+
+    push = command(
+        "push",
+        "push a packed model to the Hub in one commit",
+        "Push weights, config, card, pictures, recipe and results in one commit. Edits that people have made to the "
+        "card are kept, pickles are left out, and what is there already is not sent again.",
+        "push runs/quickstart/packed org/mbv2-w4a4-osc",
+    )
+    push.add_argument("folder", help="what a run calls packed")
+    push.add_argument("repo_id", help="org/name, or name for the account of the token")
+    push.add_argument("--private", action="store_true", default=None, help="make a private repository")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request")
+    push.add_argument("--revision", help="the branch, made if it does not exist")
+    push.add_argument("--license", help="of the model, where its card states none")
+    push.add_argument("--message", help="title of the commit")
+
+    card = command(
+        "card",
+        "render the card of a packed model anew",
+        "Render README.md of a packed model from its results.json; sections that people have edited are kept.",
+        "card runs/quickstart/packed",
+    )
+    card.add_argument("folder", help="what a run calls packed")
+    card.add_argument("--license", help="of the model, where results.json states none")
+
+    report = command(
+        "report",
+        "a page about the oscillations of one run, or of two side by side",
+        "Write one HTML page that needs nothing beside it, and pictures, from what was recorded while training; of a "
+        "run that has ended, was stopped or goes on. docs/report.md says how to read it.",
+        "report runs/quickstart",
+    )
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="output_dir of a run; two are compared")
+    report.add_argument("--output", metavar="DIR", help="where to write; by default `report` in the folder of the run")
+    report.add_argument(
+        "--steps", nargs="+", type=_count, metavar="STEP", help="training steps to show; by default four"
+    )
+
+    inspect = command(
+        "inspect",
+        "what is quantized, layer by layer: in a packed model, or in a timm model if it were",
+        "List the layers of a packed model, a folder or a Hub id, from the header of its file and without loading it; "
+        "or those of a timm model as they would be quantized, without downloading weights. An existing folder is "
+        "taken first, then anything with a / as a Hub id, then a timm name.",
+        "inspect mobilenetv2_100 --weight-bits 4 --activation-bits 4",
+    )
+    inspect.add_argument("name", help="a folder, a Hub id or a timm name")
+    inspect.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    for option, default in (("--weight-bits", 4), ("--activation-bits", 4), ("--first-last-bits", 8)):
+        inspect.add_argument(
+            option, type=_bits, default=default, metavar="BITS", help="of a timm model: 2 to 8, or float"
+        )
+    inspect.add_argument(
+        "--modules-to-not-convert", nargs="+", default=[], metavar="PATTERN", help="layers that stay float"
+    )
+
+    study = commands.add_parser(
+        "study", add_help=False, help="run one of the paper's studies; `oscqat study` lists them"
+    )
+    study.add_argument("name", nargs="?")
+    return parser, {"evaluate": _evaluate, "push": _push, "card": _card, "report": _report}
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from hf_oscqat.hub.card import METRICS
+    from hf_oscqat.integration import verify
+
+    if args.open_pr:
+        verify.check_proposable(folder=Path(args.source).is_dir(), subset=args.max_samples is not None)
+    result = verify.verify(
+        args.source,
+        revision=args.revision,
+        dataset=args.dataset,
+        max_samples=args.max_samples,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        device=args.device,
+    )
+    console = Console()
+    place = args.source if result.commit is None else f"{args.source}, commit {result.commit}"
+    table = Table(title=place, title_justify="left")
+    for column in ("", "claimed", "measured", "difference", "allowed", ""):
+        table.add_column(column, justify="right" if column else "left")
+    for metric, difference in result.differences.items():
+        key, title = METRICS[metric]
+        allowed = result.tolerance[metric]
+        claimed, measured = result.claim.accuracy[metric], getattr(result.measured, key)
+        numbers = [
+            f"{100 * claimed:.2f}%",
+            f"{100 * measured:.2f}%",
+            f"{100 * difference:+.2f}",
+            f"{100 * allowed:.2f}",
+        ]
+        table.add_row(title, *numbers, "same" if abs(difference) <= allowed else "different")
+    console.print(table)
+    count, whole = result.measured.num_images, result.claim.num_images
+    images = f"{count:,} images" if count == whole else f"{count:,} of {whole:,} images, drawn at random"
+    console.print(
+        f"{result.claim.dataset}, split {result.claim.split}: {images}, "
+        f"{result.measured.images_per_second:.0f} images/s: " + ("reproduced" if result.reproduced else "DIFFERENT"),
+        highlight=False,
+        soft_wrap=True,
+    )
+    if args.open_pr:
+        pushed = verify.propose_results(result)
+        said = "the card has these values already" if pushed is None else f"pull request: {pushed.url}"
+        console.print(said, highlight=False, soft_wrap=True)
+    record = json.dumps(result.to_dict(), indent=4)
+    if args.json:
+        Path(args.json).write_text(record + "\n", encoding="utf-8")
+    console.out(f"--result\n{record}", highlight=False)
+    return 0 if result.reproduced else 1
+
+
+def _push(args: argparse.Namespace) -> int:
+    from hf_oscqat.hub.push import push_folder
+
+    pushed = push_folder(
+        args.folder,
+        args.repo_id,
+        private=args.private,
+        create_pr=args.create_pr,
+        revision=args.revision,
+        license=args.license,
+        message=args.message,
+    )
+    said = f"{len(pushed.changed)} files in commit {pushed.commit}" if pushed.changed else "all of it is there already"
+    Console().print(f"{pushed.url}: {said}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _card(args: argparse.Namespace) -> int:
+    from hf_oscqat.hub.card import write_card
+
+    Console().print(write_card(Path(args.folder), args.license), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from hf_oscqat.report.page import write_report
+
+    Console().print(str(write_report(args.run_dirs, args.output, args.steps)), highlight=False, soft_wrap=True)
+    return 0
 
 
 def _study(name: str | None, options: list[str]) -> int:
@@ -107,6 +274,8 @@ def _study(name: str | None, options: list[str]) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    if Path(args.name).is_dir() or "/" in args.name:
+        return _inspect_packed(args)
     from hf_oscqat.config import OscQATConfig
     from hf_oscqat.hub.inspect import inspect_timm
 
@@ -119,10 +288,17 @@ def _inspect(args: argparse.Namespace) -> int:
     rows = inspect_timm(args.name, config)
     parameters, size = sum(row.parameters for row in rows), sum(row.bytes for row in rows)
     quantized = sum(row.parameters for row in rows if row.weight_bits)
+    cells = []
+    for row in rows:
+        inputs = "" if row.weight_bits is None and row.input_bits is None else str(row.input_bits or "float")
+        described = (row.name, row.layer_class, " x ".join(map(str, row.shape)), str(row.weight_bits or "float"))
+        cells.append((*described, inputs, f"{row.parameters:,}", f"{row.bytes:,}", row.why_float or ""))
+    columns = {"layer": "<", "class": "<", "shape": "<", "weight": ">", "input": ">"}
+    columns |= {"parameters": ">", "bytes": ">", "why float": "<"}
     # In plain text, a layer to a line however narrow the window: models have up to a thousand of them.
     Console().out(
         f"{args.name}, W{config.weight_bits or 32}A{config.activation_bits or 32}\n",
-        _table(rows),
+        _table(columns, cells),
         f"\n{parameters:,} parameters, {100 * quantized / parameters:.2f}% of them quantized; {size:,} bytes instead "
         f"of {4 * parameters:,}, {4 * parameters / size:.2f} times smaller, without scales and header",
         sep="\n",
@@ -131,14 +307,46 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(rows: "list[LayerDescription]") -> str:
-    columns = {"layer": "<", "class": "<", "shape": "<", "weight": ">", "input": ">"}
-    columns |= {"parameters": ">", "bytes": ">", "why float": "<"}
-    cells: list[tuple[str, ...]] = [tuple(columns)]
-    for row in rows:
-        inputs = "" if row.weight_bits is None and row.input_bits is None else str(row.input_bits or "float")
-        described = (row.name, row.layer_class, " x ".join(map(str, row.shape)), str(row.weight_bits or "float"))
-        cells.append((*described, inputs, f"{row.parameters:,}", f"{row.bytes:,}", row.why_float or ""))
+def _inspect_packed(args: argparse.Namespace) -> int:
+    from hf_oscqat.hub.inspect import inspect_packed
+
+    found = inspect_packed(args.name, revision=args.revision)
+    cells = []
+    for row in found.rows:
+        grid = row.weight
+        scale = "" if row.scale is None else f"{row.scale[0]:.4g}"
+        if row.scale is not None and row.scale[0] != row.scale[1]:
+            scale += f" to {row.scale[1]:.4g}"
+        weight = (
+            ("float", "", "") if grid is None else (str(grid.bits), grid.scheme, grid.granularity.replace("_", " "))
+        )
+        shape = "" if grid is None else " x ".join(map(str, grid.shape))
+        used = "" if grid is None else f"{row.used} of {2**grid.bits}"
+        inputs = "float" if row.input is None else f"{row.input.bits} {row.input.scheme}"
+        cells.append((row.name, shape, *weight, inputs, scale, used, f"{row.bytes:,}"))
+    columns = {"layer": "<", "shape": "<", "bits": ">", "scheme": "<", "granularity": "<", "input": "<"}
+    columns |= {"scale": "<", "integers used": ">", "bytes": ">"}
+    parameters = found.float_parameters + sum(row.parameters for row in found.rows)
+    Console().out(
+        f"{found.name}\n",
+        _table(columns, cells),
+        f"\n{parameters:,} parameters, {found.float_parameters:,} of them in float ({found.float_bytes:,} bytes); "
+        f"{found.file_bytes:,} bytes in all instead of {4 * parameters:,}, "
+        f"{4 * parameters / found.file_bytes:.2f} times smaller",
+        sep="\n",
+        highlight=False,
+    )
+    return 0
+
+
+def _table(columns: dict[str, str], rows: Sequence[tuple[str, ...]]) -> str:
+    """Lay out a table in plain text.
+
+    Args:
+        columns: how each is aligned.
+        rows: the cells.
+    """
+    cells: list[tuple[str, ...]] = [tuple(columns), *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, tuple("-" * width for width in widths))
     formats = [f"{direction}{width}" for direction, width in zip(columns.values(), widths, strict=True)]
@@ -149,6 +357,12 @@ def _bits(word: str) -> int | None:
     if word != "float" and not word.isdecimal():
         raise argparse.ArgumentTypeError(f"got {word!r}, expected 2 to 8, or float")
     return None if word == "float" else int(word)
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or int(word) == 0:
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected a whole number of at least 1")
+    return int(word)
 
 
 @contextmanager

@@ -1,14 +1,27 @@
 """Shared fixtures: everything here is small, deterministic and offline."""
 
+import atexit
 import logging
 import os
+import shutil
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Before any Hugging Face library is imported: no test may reach for the network.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_OFFLINE"] = "1"
+from hub_server import HubServer
+
+# Before any Hugging Face library is imported: the only Hub there is for tests is one that this process serves, and
+# their cache is empty.
+HUB = HubServer().start()
+os.environ |= {
+    "HF_ENDPOINT": HUB.url,
+    "HF_HOME": tempfile.mkdtemp(prefix="hf_oscqat_tests_"),
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_XET": "1",
+}
+os.environ.pop("HF_TOKEN", None)
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 # Tests run in parallel; threads of several processes on the same cores would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -21,6 +34,9 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, T
 from transformers.utils import logging as transformers_logging
 
 from hf_oscqat import OscQATConfig, calibrate, prepare_qat, reestimate_batchnorm
+from hf_oscqat.hub import client
+
+pytest_plugins = ["published"]  # imported after the environment is set
 
 torch.set_num_threads(1)
 # What torch's compiler writes for its own tools, whichever test is the first to compile something, is said to nobody.
@@ -40,6 +56,17 @@ def _new_process() -> Iterator[None]:
     """Make accelerate forget the last test's precision, which it keeps for the life of a process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """The Hub of this process, empty, with the token of alice, who may write in `org`; nobody waits to try again."""
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    monkeypatch.setattr(client, "FIRST_WAIT", 0.0)
+    HUB.reset()
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+    yield HUB
+    HUB.reset()
 
 
 @pytest.fixture(scope="session")

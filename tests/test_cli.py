@@ -179,3 +179,96 @@ def test_help_of_each_study_has_an_example(name, capsys):
         main(["study", name, "--help"])
     assert stopped.value.code == 0
     assert f"example: oscqat study {name} --output_dir" in capsys.readouterr().out
+
+
+class TestOnAPackedModel:
+    """`folder` is runs/quickstart/packed below `tmp_path`."""
+
+    @pytest.fixture(autouse=True)
+    def _there(self, hub, folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+
+    @pytest.mark.parametrize("command", ["evaluate", "push", "card", "inspect"])
+    def test_example_of_the_help_runs(self, command, capsys):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        words = " ".join(capsys.readouterr().out.split()).partition("example: oscqat ")[2].split()
+        assert words[0] == command
+        assert main(words) == 0
+
+    def test_example_of_the_whole_help_runs(self, capsys, monkeypatch):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        words = capsys.readouterr().out.partition("example: oscqat ")[2].split()
+        assert main([*words, "--steps", "40", "--num_targets", "4"]) == 0
+
+    def test_evaluate_ends_with_result_and_json(self, capsys, tmp_path):
+        assert main(["evaluate", "runs/quickstart/packed", "--device", "cpu", "--json", "out.json"]) == 0
+        out = capsys.readouterr().out
+        assert "reproduced" in out
+        record = json.loads(out.partition("--result\n")[2])
+        assert record == json.loads((tmp_path / "out.json").read_text())
+        assert record["num_images"] == 60
+
+    def test_evaluate_says_with_its_status_that_it_is_different(self, capsys, folder):
+        card = folder / "README.md"
+        card.write_text(
+            card.read_text().replace("  - type: accuracy\n      value: 0.", "  - type: accuracy\n      value: 0.9")
+        )
+        assert main(["evaluate", "runs/quickstart/packed"]) == 1
+        out = capsys.readouterr().out
+        assert "DIFFERENT" in out
+        assert json.loads(out.partition("--result\n")[2])["reproduced"] is False
+
+    def test_evaluate_says_with_its_status_that_it_cannot(self, capsys):
+        assert main(["evaluate", "org/nothing"]) == 2
+        assert "error: reading org/nothing: there is no such repository" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "words", [["runs/quickstart/packed", "--open-pr"], ["org/x", "--open-pr", "--max-samples", "5"]]
+    )
+    def test_what_cannot_be_proposed_is_said_before_it_is_measured(self, words, capsys, hub):
+        assert main(["evaluate", *words]) == 2
+        said = capsys.readouterr().err
+        assert "got a folder to open a pull request in" in said or "expected one on all of them" in said
+        assert not hub.requests
+
+    def test_evaluate_of_a_pushed_model_proposes_what_it_measured(self, capsys, hub):
+        assert main(["push", "runs/quickstart/packed", "org/net"]) == 0
+        assert f"{hub.url}/org/net: 7 files in commit {hub.head('org/net')}" in capsys.readouterr().out
+        card = hub.files("org/net")["README.md"].replace(
+            b"  - type: accuracy\n      value: 0.", b"  - type: accuracy\n      value: 0.9"
+        )
+        hub.add_commit("org/net", {"README.md": card})
+        assert main(["evaluate", "org/net", "--open-pr"]) == 1
+        assert f"pull request: {hub.url}/org/net/discussions/1" in capsys.readouterr().out
+
+    def test_push_again_says_that_all_is_there(self, capsys):
+        for said in ("7 files in commit", "all of it is there already"):
+            assert main(["push", "runs/quickstart/packed", "org/net"]) == 0
+            assert said in capsys.readouterr().out
+
+    def test_inspect_shows_scales_and_integers_of_a_folder_and_of_a_hub_id(self, capsys):
+        assert main(["push", "runs/quickstart/packed", "org/net"]) == 0
+        capsys.readouterr()
+        tables = []
+        for name in ("runs/quickstart/packed", "org/net"):
+            assert main(["inspect", name]) == 0
+            tables.append(capsys.readouterr().out.split("\n", 1)[1])
+        assert tables[0] == tables[1]
+        row = next(line for line in tables[0].splitlines() if line.startswith("blocks.1.0.conv_exp")).split()
+        assert row[1:8] == ["64", "x", "16", "x", "3", "x", "3"]
+        assert row[8:10] == ["3", "symmetric"]
+        assert "of" in row
+        assert "times smaller" in tables[0]
+
+    def test_card_of_a_folder_without_one(self, capsys, tmp_path):
+        (tmp_path / "empty").mkdir()
+        assert main(["card", "empty"]) == 2
+        assert "expected a packed checkpoint with its card" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("count", ["0", "-1", "many"])
+    def test_count_that_is_none(self, count, capsys):
+        with pytest.raises(SystemExit):
+            main(["evaluate", "runs/quickstart/packed", "--max-samples", count])
+        assert "expected a whole number of at least 1" in capsys.readouterr().err

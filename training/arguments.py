@@ -74,7 +74,11 @@ class RunArguments:
     )
     eval_only: bool = field(default=False, metadata={"help": "Evaluate the model as it is, and stop."})
     model_license: str | None = field(
-        default=None, metadata={"help": "Licence of the result, where the float model states none."}
+        default=None,
+        metadata={
+            "help": "Licence of the result, such as apache-2.0. Needed for a model trained from scratch, or where "
+            "the float model states none; otherwise that of the float model is inherited."
+        },
     )
 
 
@@ -112,12 +116,14 @@ NOT_READ = {
     "do_train": "it always trains, unless --eval_only is given",
     "do_eval": "it always evaluates",
     "do_predict": "use --eval_only",
-    "push_to_hub": "publishing comes later; upload the folder `packed` with huggingface_hub",
 }
 """Arguments of transformers that would be without effect here, and what to use."""
 
 SECRETS = ("hub_token",)
 """Keys that are used and never written down."""
+
+OFF_IS_NO = ("eval_strategy", "save_strategy", "logging_strategy")
+"""Keys whose value may be the word `no`."""
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, RunArguments, OscQATTrainingArguments)
 
@@ -313,6 +319,8 @@ def _to_argv(flat: Mapping[str, Any]) -> list[str]:
         argv.append(f"--{key}")
         if isinstance(value, Mapping):
             argv.append(json.dumps(value))
+        elif value is False and key in OFF_IS_NO:  # YAML takes the word for a truth value
+            argv.append("no")
         else:
             argv += [str(item) for item in (value if isinstance(value, list) else [value])]
     return argv

@@ -15,8 +15,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from datetime import date
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,10 +30,10 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, Train
 
 from accelerate import PartialState
 from arguments import ModelArguments, RunArguments, Settings, load_recipe, parse
-from hf_oscqat import OscQATTrainer, OscQATTrainingArguments, calibrate, describe, pack, prepare_qat
+from hf_oscqat import OscQATTrainer, OscQATTrainingArguments, calibrate, pack, prepare_qat
 from hf_oscqat.checkpoint import packed_layers
-from hf_oscqat.config import OscQATConfig
-from hf_oscqat.hub.card import render_card
+from hf_oscqat.hub.card import RECIPE, RESULTS
+from hf_oscqat.hub.push import check_push, push_folder
 from hf_oscqat.integration.checkpoints import fresh_folder, last_good_checkpoint, put_in_place, whole_folder
 from hf_oscqat.integration.data import (
     ImageData,
@@ -51,21 +49,30 @@ from hf_oscqat.integration.evaluate import Evaluation, accuracy_metrics, evaluat
 from hf_oscqat.integration.image_trainer import ImageTrainer, Preempted
 from hf_oscqat.integration.models import timm_wrapper
 from hf_oscqat.integration.pixels import normalize_pixels
+from hf_oscqat.integration.publish import (
+    float_bytes,
+    layer_facts,
+    oscillation_facts,
+    provenance,
+    run_facts,
+    scheme_facts,
+    write_companions,
+)
+from hf_oscqat.integration.verify import claim_arguments
 from hf_oscqat.quantization.layers import quantized_layers
-from hf_oscqat.remedies import REMEDIES
-from hf_oscqat.report.pictures import draw_distances, draw_oscillation
 from hf_oscqat.report.recorder import distance_histogram
 
 __all__ = ["ModelArguments", "RunArguments", "load_recipe", "main", "parse"]
 
 logger = logging.getLogger("run_qat")
 
-RECIPE, RESULTS, BEFORE = "recipe.yaml", "results.json", "before_training.json"
+BEFORE = "before_training.json"
 PACKED_BESIDE = ".packed.writing"
 # What may differ between a run and its continuation: where it writes and what it shows, not what it computes.
 FREE_TO_CHANGE = {
     "output_dir", "logging_steps", "logging_strategy", "report_to", "disable_tqdm", "save_total_limit", "log_level",
-    "dataloader_num_workers", "run_name", "model_license", "evaluate_baselines", "cache_images",
+    "dataloader_num_workers", "run_name", "model_license", "evaluate_baselines", "cache_images", "push_to_hub",
+    "hub_model_id", "hub_private_repo", "hub_revision",
 }  # fmt: skip
 
 
@@ -87,6 +94,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     set_seed(training.seed)
     output_dir = Path(training.output_dir)
 
+    if not run.eval_only:
+        _provenance(settings)
+        if training.push_to_hub and training.process_index == 0:
+            check_push(_hub_id(settings), token=training.hub_token)
     data = load_image_data(settings.data, seed=training.seed, need_train=not run.eval_only)
     if run.eval_only:
         return _evaluate_only(settings, data)
@@ -106,6 +117,7 @@ def _run(settings: Settings, data: ImageData) -> dict[str, Any]:
         finished: dict[str, Any] = json.loads((output_dir / RESULTS).read_text(encoding="utf-8"))
         if training.should_save:
             show(finished)
+            _push(settings)
         return finished
 
     model = float_model(settings, data)
@@ -155,11 +167,39 @@ def _run(settings: Settings, data: ImageData) -> dict[str, Any]:
     evaluations["packed"] = _evaluate(loaded, data.validation, training)
     results = _results(settings, data, trainer, evaluations, difference, outcome.metrics, data_speed)
     if training.should_save:
-        _publish(output_dir, beside, settings, results, trainer)
+        before = json.loads((output_dir / BEFORE).read_text(encoding="utf-8"))
+        write_companions(
+            beside,
+            results,
+            recipe=json.loads(json.dumps(settings.recipe)),
+            log_history=trainer.state.log_history,
+            distances=(before, distance_histogram(model).to_dict()),
+        )
         put_in_place(beside, output_dir / "packed")
         _write_json(output_dir / RESULTS, results)
         show(results)
+        _push(settings)
     return results
+
+
+def _push(settings: Settings) -> None:
+    """Push the packed checkpoint, if that was asked for; what is there already is not sent again."""
+    training = settings.training
+    if not training.push_to_hub:
+        return
+    pushed = push_folder(
+        Path(training.output_dir, "packed"),
+        _hub_id(settings),
+        token=training.hub_token,
+        private=training.hub_private_repo,
+        revision=training.hub_revision,
+        license=settings.run.model_license,
+    )
+    logger.info("%s: %s", "pushed" if pushed.changed else "nothing to push, all of it is there", pushed.url)
+
+
+def _hub_id(settings: Settings) -> str:
+    return settings.training.hub_model_id or Path(settings.training.output_dir).name
 
 
 def open_output_dir(output_dir: Path, settings: Settings) -> str | None:
@@ -370,13 +410,6 @@ def _check_same_quantization(model: PreTrainedModel, settings: Settings) -> None
         )
 
 
-def _float_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the float model: the training form without what quantization has added."""
-    added = (".weight_quantizer.", ".input_quantizer.", ".oscillation.")
-    tensors = model.state_dict().items()
-    return sum(t.numel() * t.element_size() for name, t in tensors if not any(part in name for part in added))
-
-
 def _evaluate_only(settings: Settings, data: ImageData) -> dict[str, Any]:
     model_args = settings.model.model_args if isinstance(settings.model.model_args, dict) else None
     name = settings.model.model_name_or_path
@@ -413,20 +446,19 @@ def _results(
 ) -> dict[str, Any]:
     """Collect what card and table show; `results.json` holds the same."""
     training, model = settings.training, trainer.model
-    log = [entry for entry in trainer.state.log_history if "oscillating_percent" in entry]
     pretrained_cfg = model.config.pretrained_cfg
-    scheme = describe_scheme(trainer.oscqat_config)
+    base_model, license = _provenance(settings)
+    oscillation = oscillation_facts(trainer.state.log_history)
     results = {
         "model": {
             "name": Path(training.output_dir).name,
             "path": str(Path(training.output_dir, "packed")),
             "architecture": model.config.architecture,
             "origin": _origin(settings),
-            "base_model": pretrained_cfg.get("hf_hub_id") if settings.model.pretrained else None,
-            "license": settings.run.model_license
-            or (pretrained_cfg.get("license") if settings.model.pretrained else None),
+            "base_model": base_model,
+            "license": license,
         },
-        "scheme": scheme,
+        "scheme": scheme_facts(trainer.oscqat_config),
         "data": {
             "name": data.name,
             "dataset_id": data.dataset_id,
@@ -436,67 +468,34 @@ def _results(
             "num_train": len(data.train or ()),
             "skipped_images": data.skipped,
             "preprocessing": _preprocessing(pretrained_cfg),
+            "evaluation": claim_arguments(settings.data, training.seed, pretrained_cfg),
         },
         "accuracy": {"float": None, "rounded": None} | {k: asdict(v) for k, v in evaluations.items()},
         "bytes": {
-            "float": _float_bytes(model),
+            "float": float_bytes(model),
             "packed": os.path.getsize(Path(training.output_dir, PACKED_BESIDE, "model.safetensors")),
         },
-        "oscillation": None
-        if not log
-        else {
-            "start": log[0]["oscillating_percent"],
-            "peak": max(entry["oscillating_percent"] for entry in log),
-            "end": log[-1]["oscillating_percent"],
-            "frozen": log[-1]["frozen_percent"],
-        },
-        "layers": [asdict(row) for row in describe(model) if row.weight_bits or row.input_bits],
+        "oscillation": None if oscillation is None else {**oscillation, "distances": True},
+        "layers": layer_facts(model),
         "packed_difference": difference,
         "run": {
-            "command": settings.command,
-            "epochs": trainer.state.epoch,
-            "steps": trainer.state.global_step,
-            "processes": training.world_size,
-            "device": _device_name(training.device),
-            "seconds": metrics.get("train_runtime", 0.0),
+            **run_facts(trainer, command=settings.command, seconds=metrics.get("train_runtime", 0.0), recipe=True),
             "images_per_second": metrics.get("train_samples_per_second", 0.0),
             "data_images_per_second": data_speed,
             "data_workers": training.dataloader_num_workers,
-            "versions": ", ".join(
-                f"{name} {version(name)}" for name in ("hf_oscqat", "torch", "timm", "transformers")
-            ),
-            "date": date.today().isoformat(),
         },
     }
     return json.loads(json.dumps(results))
 
 
-def describe_scheme(config: OscQATConfig) -> dict[str, str]:
-    """Say in words how a model is quantized, for the card."""
-
-    def width(bits: int | None, scheme: str, granularity: str) -> str:
-        return "float" if bits is None else f"{bits} bits, {scheme}, {granularity.replace('_', ' ')}"
-
-    weights, activations = config.weight_bits, config.activation_bits
-    name = f"W{weights or 32}A{activations or 32}"
-    used = [
-        f"{remedy} ({', '.join(f'{k}={v}' for k, v in asdict(getattr(config, remedy)).items())})"
-        for remedy in REMEDIES
-        if getattr(config, remedy) is not None
-    ]
-    count = config.batchnorm_reestimation_batches
-    ends = "float" if config.first_last_bits is None else f"{config.first_last_bits} bits; the image stays float"
-    return {
-        "name": name,
-        "in_words": f"{weights}-bit weights" * bool(weights)
-        + " and " * bool(weights and activations)
-        + f"{activations}-bit inputs of layers" * bool(activations),
-        "weights": width(weights, config.weight_scheme, config.weight_granularity),
-        "activations": width(activations, config.activation_scheme, "per_tensor"),
-        "first_last": ends,
-        "remedies": "; ".join(used) or "none",
-        "batchnorm": f"statistics re-estimated on {count} training batches" if count else "running statistics",
-    }
+def _provenance(settings: Settings) -> tuple[str | None, str]:
+    """Base model and licence; see `provenance`."""
+    return provenance(
+        settings.model.model_name_or_path,
+        pretrained=settings.model.pretrained,
+        license=settings.run.model_license,
+        token=settings.training.hub_token,
+    )
 
 
 def show(results: dict[str, Any], console: Console | None = None) -> None:
@@ -531,19 +530,6 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
     console.print(f"The checkpoint, loaded with AutoModelForImageClassification: {results['model']['path']}")
 
 
-def _publish(
-    output_dir: Path, packed_dir: Path, settings: Settings, results: dict[str, Any], trainer: OscQATTrainer
-) -> None:
-    """Put card, pictures, recipe and results beside the packed weights."""
-    if results["oscillation"]:
-        draw_oscillation(trainer.state.log_history, packed_dir / "oscillation.png")
-        before = json.loads((output_dir / BEFORE).read_text(encoding="utf-8"))
-        draw_distances(before, distance_histogram(trainer.model).to_dict(), packed_dir / "distances.png")
-    _write(packed_dir / RECIPE, yaml.safe_dump(json.loads(json.dumps(settings.recipe)), sort_keys=False))
-    _write_json(packed_dir / RESULTS, results)
-    _write(packed_dir / "README.md", str(render_card(results)))
-
-
 def _origin(settings: Settings) -> str:
     arguments, run = settings.model, settings.run
     weights = "with pretrained weights" if arguments.pretrained else ""
@@ -557,12 +543,6 @@ def _preprocessing(cfg: dict[str, Any]) -> str:
         f"{size[1]} x {size[2]} pixels, {cfg['crop_mode']} crop of {cfg['crop_pct']:g}, {cfg['interpolation']}, "
         f"mean {tuple(cfg['mean'])}, std {tuple(cfg['std'])}"
     )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,15 +1,53 @@
-"""The model card of a packed checkpoint, rendered from `model_cards/model_card.md.jinja`."""
+"""The model card of a packed checkpoint: rendered from what was measured, merged with what people have written.
 
+Cards are pushed again and again, and people edit them on the Hub. A card therefore ends with a comment that holds a
+digest of each part as it was generated: a part that no longer matches was edited by a person and is kept.
+"""
+
+import hashlib
+import json
+import logging
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, StrictUndefined, UndefinedError
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE = "model_card.md.jinja"
+CARD, RESULTS, RECIPE, EVAL_RESULTS = "README.md", "results.json", "recipe.yaml", ".eval_results"
+TASK = "image-classification"
+METRICS = {"accuracy": ("accuracy", "Top-1 accuracy"), "top_5_accuracy": ("top5_accuracy", "Top-5 accuracy")}
+"""Metric in the card's metadata: (its name in `results.json`, the same for people)."""
+FACTS = ("library_name", "pipeline_tag", "base_model", "base_model_relation")
+"""Metadata that say what the files are; pushing other files makes others of them, whoever wrote the old ones."""
+LICENSES = frozenset(
+    """afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0
+    etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 h-research
+    intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 lppl-1.3c mit mpl-2.0
+    ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense
+    wtfpl zlib""".split()
+)
+"""Identifiers that the Hub knows; any other licence is `other` with a `license_name`."""
+
+_MARKS = re.compile(r"\n*<!-- made by oscqat (\{.*\}) -->\s*$")
+_FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)(.*)\Z", re.DOTALL)
+_HEADING = re.compile(r"^##[ \t]+(.+?)[ \t]*$")
+
+
+class CardError(ValueError):
+    """A card cannot be read or made; the message says what to do."""
 
 
 def template() -> Traversable:
@@ -18,41 +56,376 @@ def template() -> Traversable:
     return installed if installed.is_file() else Path(__file__).parents[2] / "model_cards" / TEMPLATE
 
 
-def render_card(results: Mapping[str, Any]) -> ModelCard:
+def render_card(results: Mapping[str, Any]) -> str:
     """Render the card from what a run measured.
 
     Args:
-        results: the content of `results.json`, as `training/run_qat.py` writes it.
+        results: the content of `results.json`, as `integration/publish.py` collects it.
 
     Returns:
         The card, metadata included.
 
     Raises:
-        jinja2.UndefinedError: if the template asks for something that `results` does not have.
+        CardError: if the licence is not known, or `results` lacks what the template asks for.
     """
+    if not results["model"]["license"]:
+        raise CardError(
+            f"got no licence for {results['model']['name']}: {results['model']['origin']} states none. Expected that "
+            "of the model, such as apache-2.0: pass --model_license to run_qat.py, or --license to oscqat"
+        )
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False, keep_trailing_newline=True
     )
     environment.filters |= {"percent": _percent, "thousands": _thousands}
-    body = environment.from_string(template().read_text(encoding="utf-8")).render(results)
-    card = ModelCard(f"---\n{_metadata(results).to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False)
-    return card
+    accuracy = results["accuracy"]
+    lost = recovered = None
+    if all(accuracy.get(key) for key in ("float", "rounded", "packed")):
+        top1 = {key: accuracy[key]["accuracy"] for key in ("float", "rounded", "packed")}
+        if top1["rounded"] < min(top1["float"], top1["packed"]):
+            lost, recovered = top1["float"] - top1["rounded"], top1["packed"] - top1["rounded"]
+    body = environment.from_string(template().read_text(encoding="utf-8")).render(
+        **results, lost=lost, recovered=recovered
+    )
+    metadata = _read_yaml(_metadata(results).to_yaml(), "the metadata of a new card")
+    sections = _split(re.sub(r"\n{3,}", "\n\n", body))
+    marks = _Marks(
+        metadata={key: _digest(value) for key, value in metadata.items() if key != "model-index"},
+        results=[_digest(entry) for entry in _entries(metadata)],
+        sections={heading: _digest(text) for heading, text in sections.items()},
+    )
+    return str(_Card(metadata, sections, marks))
+
+
+def update_card(theirs: str, ours: str, place: str = "the card that is there") -> str:
+    """Put a card in the place of another one, and keep what people have written in that.
+
+    - A section or an entry of the metadata that a person has edited or added stays as it is, and one that a person
+      has removed stays away. Lists such as tags are united.
+    - Where both were edited, ours is taken; the history of the repository has the other.
+    - Results of the same dataset and metric are replaced, others that people have added stay.
+
+    Args:
+        theirs: the card that is there, from `render_card` or from anywhere else.
+        ours: a card from `render_card`, perhaps edited.
+        place: where the first one is, for messages.
+
+    Raises:
+        CardError: if a front matter is no YAML.
+    """
+    old, new = _parse(theirs, place), _parse(ours, "the new card")
+    metadata = _merge_metadata(old, new)
+    kept, sections = _merge_sections(old, new)
+    if kept:
+        logger.warning(
+            "kept of %s, because people have edited it: %s. Numbers in there may be those of earlier weights",
+            place,
+            ", ".join(kept),
+        )
+    return str(_Card(metadata, sections, new.marks))
+
+
+def read_metadata(card: str, place: str) -> dict[str, Any]:
+    """Return the metadata of a card.
+
+    Args:
+        card: its text.
+        place: where it is, for messages.
+
+    Raises:
+        CardError: if they are no YAML mapping.
+    """
+    return _parse(card, place).metadata
+
+
+def with_results(card: str, values: Mapping[tuple[Any, ...], float], place: str) -> str:
+    """Return a card with other values of results that it has.
+
+    Args:
+        card: its text.
+        values: by task, dataset, configuration, split and metric.
+        place: where it is, for messages.
+
+    Raises:
+        CardError: if its metadata are no YAML mapping.
+    """
+    parsed = _parse(card, place)
+    for model in parsed.metadata.get("model-index") or []:
+        for result in model.get("results") or []:
+            for metric in result.get("metrics") or []:
+                identity = _identity({**result, "metrics": [metric]})
+                metric["value"] = values.get(identity, metric.get("value"))
+    return str(parsed)
+
+
+def eval_results_file(results: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return path and content of the file in `.eval_results/`, which the Hub shows beside its benchmarks.
+
+    Args:
+        results: the content of `results.json`.
+
+    Returns:
+        None where nothing was measured on a dataset of the Hub.
+    """
+    data, measured = results["data"], results["accuracy"]["packed"]
+    if not measured or not data or not data["dataset_id"] or not data["evaluation"]:
+        return None
+    dataset = {"id": data["dataset_id"], "task_id": data["config"] or "default"}
+    if data["revision"]:
+        dataset["revision"] = data["revision"]
+    entry = {"dataset": dataset, "value": round(100 * measured["accuracy"], 4)}
+    if results["run"]:
+        entry["date"] = results["run"]["date"]
+    entry["notes"] = f"top-1 accuracy in percent, split {data['split']}; {results['scheme']['name']}, simulated"
+    name = data["dataset_id"].rpartition("/")[2]
+    return f"{EVAL_RESULTS}/{name}.yaml", yaml.safe_dump([entry], sort_keys=False)
+
+
+def card_of(folder: Path, *, license: str | None = None, repo_id: str | None = None) -> str:
+    """Return the card of a folder with a packed checkpoint: rendered anew, with what people have edited.
+
+    Args:
+        folder: with `results.json`, or at least a card.
+        license: of the model, instead of what `results.json` states.
+        repo_id: repository that the card is to stand in; None leaves the folder's name.
+
+    Raises:
+        ValueError: if there is neither, no licence, or one of the two cannot be read.
+    """
+    here = folder / CARD
+    results = read_results(folder)
+    if results is None:
+        if not here.is_file():
+            raise CardError(f"got {folder} without {CARD} and {RESULTS}, expected a packed checkpoint with its card")
+        text = here.read_text(encoding="utf-8")
+        if not read_metadata(text, str(here)).get("license"):
+            raise CardError(f"got {here} without a licence, expected `license: ..` among its metadata")
+        return text
+    if repo_id is not None:
+        results["model"] |= {"name": repo_id.rpartition("/")[2], "path": repo_id}
+    results["model"]["license"] = license or results["model"]["license"]
+    try:
+        text = render_card(results)
+    except (UndefinedError, KeyError, TypeError) as error:
+        raise CardError(
+            f"got {folder / RESULTS}, from which no card can be made ({error}), expected what run_qat.py of this "
+            "version wrote"
+        ) from error
+    return update_card(here.read_text(encoding="utf-8"), text, str(here)) if here.is_file() else text
+
+
+def write_card(folder: Path, license: str | None = None) -> Path:
+    """Render the card of a folder anew.
+
+    Args:
+        folder: see `card_of`.
+        license: see `card_of`.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ValueError: see `card_of`.
+    """
+    text = card_of(folder, license=license)
+    (folder / CARD).write_text(text, encoding="utf-8")
+    return folder / CARD
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """Read `results.json` of a packed checkpoint; None if there is none.
+
+    Raises:
+        CardError: if it is no JSON object of that kind.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        return None
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CardError(f"got {path}, which is no JSON ({error}), expected what run_qat.py wrote") from error
+    if not isinstance(results, dict) or not isinstance(results.get("model"), dict):
+        raise CardError(f"got {path} without a model, expected what run_qat.py wrote")
+    return results
+
+
+@dataclass
+class _Marks:
+    """Digests of what was generated; empty for a card that was not."""
+
+    metadata: dict[str, str] = field(default_factory=dict)
+    results: list[str] = field(default_factory=list)
+    sections: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Card:
+    """Front matter, sections by heading in their order (the first, before any heading, is ""), and the marks."""
+
+    metadata: dict[str, Any]
+    sections: dict[str, str]
+    marks: _Marks
+
+    def __str__(self) -> str:
+        front = yaml.safe_dump(self.metadata, sort_keys=False, allow_unicode=True)
+        body = "\n\n".join(text for text in self.sections.values() if text)
+        marks = f"\n<!-- made by oscqat {json.dumps(vars(self.marks), separators=(',', ':'))} -->\n"
+        return f"---\n{front}---\n\n{body}\n{marks if self.marks != _Marks() else ''}"
+
+    def edited(self, heading: str) -> bool:
+        """Whether a person has written a section, or changed what was generated."""
+        return self.marks.sections.get(heading) != _digest(self.sections[heading])
+
+
+def _parse(text: str, place: str) -> _Card:
+    match = _FRONT_MATTER.match(text)
+    front, body = match.groups() if match else ("", text)
+    metadata = _read_yaml(front, place)
+    found = _MARKS.search(body)
+    marks = _Marks()
+    if found:
+        try:
+            marks = _Marks(**json.loads(found[1]))
+            body = body[: found.start()]
+        except (ValueError, TypeError):
+            logger.warning("the comment of oscqat at the end of %s was changed: all of it is taken for edited", place)
+    return _Card(metadata, _split(body.replace("\r\n", "\n")), marks)
+
+
+def _read_yaml(text: str, place: str) -> dict[str, Any]:
+    try:
+        metadata = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise CardError(
+            f"got metadata of {place} that are no YAML ({where}), expected key: value between two lines of ---. Mend "
+            "or remove them, then do this again; nothing was changed"
+        ) from error
+    if metadata is not None and not isinstance(metadata, dict):
+        raise CardError(f"got metadata of {place} that are a {type(metadata).__name__}, expected key: value")
+    return metadata or {}
+
+
+def _split(body: str) -> dict[str, str]:
+    sections: dict[str, list[str]] = {"": []}
+    heading, fenced = "", False
+    for line in body.strip("\n").split("\n"):
+        fenced ^= line.lstrip().startswith(("```", "~~~"))
+        found = None if fenced else _HEADING.match(line)
+        if found:
+            heading = found[1]
+            while heading in sections:  # a heading may stand twice
+                heading += " "
+            sections[heading] = []
+        sections[heading].append(line.rstrip())
+    return {heading: "\n".join(lines).strip("\n") for heading, lines in sections.items()}
+
+
+def _merge_sections(old: _Card, new: _Card) -> tuple[list[str], dict[str, str]]:
+    """Return the headings kept of the old card, and the sections of both."""
+    kept: list[str] = []
+    merged: dict[str, str] = {}
+    for heading, text in new.sections.items():
+        if heading not in old.sections:
+            if heading not in old.marks.sections or new.edited(heading):
+                merged[heading] = text
+        elif old.edited(heading) and not new.edited(heading) and old.sections[heading]:
+            merged[heading] = old.sections[heading]
+            kept.append(heading or "the introduction")
+        else:
+            merged[heading] = text
+    previous = ""
+    for heading, text in old.sections.items():
+        added = heading not in old.marks.sections or old.edited(heading)
+        if heading not in merged and heading not in new.sections and text and added:
+            # Where it stood: behind the section that it followed.
+            before = list(merged.items())
+            at = 1 + next((i for i, (name, _) in enumerate(before) if name == previous), len(before) - 1)
+            merged = dict([*before[:at], (heading, text), *before[at:]])
+            kept.append(heading)
+        previous = heading
+    return kept, merged
+
+
+def _merge_metadata(old: _Card, new: _Card) -> dict[str, Any]:
+    merged = dict(new.metadata)
+    for key, value in old.metadata.items():
+        if key == "model-index":
+            continue
+        edited = old.marks.metadata.get(key) != _digest(value)
+        ours_edited = new.marks.metadata.get(key) != _digest(merged.get(key))
+        if not edited or key in FACTS or (key in merged and ours_edited and not isinstance(value, list)):
+            continue
+        if isinstance(value, list) and isinstance(merged.get(key), list):
+            merged[key] = [*merged[key], *(item for item in value if item not in merged[key])]
+        else:
+            merged[key] = value
+    replaced = {_identity(entry) for entry in _entries(new.metadata)}
+    kept = [
+        entry
+        for entry in _entries(old.metadata)
+        if _identity(entry) not in replaced and _digest(entry) not in old.marks.results
+    ]
+    if kept:
+        index = merged.get("model-index") or [{"name": old.metadata["model-index"][0].get("name"), "results": []}]
+        merged["model-index"] = [{**index[0], "results": [*index[0]["results"], *kept]}]
+    return merged
+
+
+def _entries(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the results of a card, one for each metric."""
+    found: list[dict[str, Any]] = []
+    for model in metadata.get("model-index") or []:
+        for result in model.get("results") or []:
+            found += [{**result, "metrics": [metric]} for metric in result.get("metrics") or []]
+    return found
+
+
+def _identity(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a result is about; the revision of the dataset is left out, because a newer result replaces an older."""
+    dataset = entry.get("dataset") or {}
+    metric = entry["metrics"][0]
+    task = (entry.get("task") or {}).get("type")
+    return task, dataset.get("type"), dataset.get("config"), dataset.get("split"), metric.get("type")
+
+
+def _digest(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _metadata(results: Mapping[str, Any]) -> ModelCardData:
-    base_model = results["model"]["base_model"]
-    data = ModelCardData(
+    model, data, measured = results["model"], results["data"], results["accuracy"]["packed"]
+    known = model["license"].lower() in LICENSES
+    card = ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-classification",
-        license=results["model"]["license"],
-        base_model=base_model,
-        datasets=results["data"]["dataset_id"],
+        pipeline_tag=TASK,
+        license=model["license"].lower() if known else "other",
+        license_name=None if known else model["license"],
+        base_model=model["base_model"],
+        base_model_relation="quantized" if model["base_model"] else None,
+        datasets=[data["dataset_id"]] if data and data["dataset_id"] else None,
         metrics=["accuracy"],
         tags=["timm", "oscqat", "quantization-aware-training", results["scheme"]["name"].lower()],
     )
-    if base_model:
-        data.base_model_relation = "quantized"
-    return data
+    if data and data["evaluation"] and measured:
+        card.model_name = model["name"]
+        card.eval_results = [
+            EvalResult(
+                task_type=TASK,
+                dataset_type=data["dataset_id"] or data["name"],
+                dataset_name=data["name"],
+                dataset_config=data["config"],
+                dataset_split=data["split"],
+                dataset_revision=data["revision"],
+                dataset_args={**data["evaluation"], "num_images": measured["num_images"]},
+                metric_type=kind,
+                metric_name=title,
+                metric_value=measured[key],
+            )
+            for kind, (key, title) in METRICS.items()
+        ]
+    return card
 
 
 def _percent(share: float) -> str:

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import timm.data
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
@@ -412,7 +413,7 @@ class ImageData:
         name: short name of the dataset, for people.
         dataset_id: id on the Hub; None for the digits and for folders.
         config: configuration of the dataset, as given.
-        revision: revision of the dataset, as given.
+        revision: commit of a dataset of the Hub; None of anything else.
         split: the validation split, or how it was held out of the training split.
         skipped: how many images were left out because they cannot be decoded.
     """
@@ -444,6 +445,9 @@ def load_image_data(args: DataArguments, seed: int, need_train: bool = True) -> 
     Raises:
         DataError: if the data cannot be found or used.
     """
+    on_hub = args.dataset_name not in (None, "digits") and not Path(str(args.dataset_name)).exists()
+    if on_hub:
+        args = replace(args, dataset_revision=_pin(str(args.dataset_name), args.dataset_revision))
     splits = _find_splits(args)
     validation_name = _choose_validation_split(args, splits)
     wanted = {"validation_split": validation_name}
@@ -473,7 +477,6 @@ def load_image_data(args: DataArguments, seed: int, need_train: bool = True) -> 
     if args.cache_images:
         train, validation = None if train is None else train.decoded(), validation.decoded()
     place = args.dataset_name or args.train_dir or args.validation_dir or ""
-    on_hub = args.dataset_name not in (None, "digits") and not Path(place).exists()
     path = Path(place).resolve()
     if path.name in ("train", *VALIDATION_SPLITS):
         path = path.parent  # `flowers/train` is about flowers
@@ -484,10 +487,20 @@ def load_image_data(args: DataArguments, seed: int, need_train: bool = True) -> 
         name=place if on_hub else path.name,
         dataset_id=place if on_hub else None,
         config=args.dataset_config_name,
-        revision=args.dataset_revision,
+        revision=args.dataset_revision if on_hub else None,
         split=split,
         skipped=skipped,
     )
+
+
+def _pin(dataset: str, revision: str | None) -> str | None:
+    """Return the commit that a dataset of the Hub is at, so that what was measured on can be found again."""
+    try:
+        return HfApi().dataset_info(dataset, revision=revision, timeout=30).sha or revision
+    except Exception as error:  # `load_dataset` comes next, and says what is wrong if anything is
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        logger.warning("The commit of dataset '%s' is not known (%s); it is not pinned.", dataset, reason)
+        return revision
 
 
 def _find_splits(args: DataArguments) -> dict[str, Callable[[list[str] | None], ImageSource]]:

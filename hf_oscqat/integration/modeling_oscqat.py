@@ -28,6 +28,7 @@ import logging
 import math
 import operator
 import os
+import tempfile
 import torch
 import torch.nn.functional as F
 
@@ -1560,6 +1561,24 @@ def header_metadata(model: nn.Module) -> dict[str, str]:
     return {METADATA_KEY: json.dumps(content, separators=(",", ":"))}
 
 
+def sort_metadata(path: Path) -> None:
+    """Write the metadata of a safetensors file in order, in place, so that equal checkpoints are equal files.
+
+    safetensors itself writes them in an order that differs from time to time. The header keeps its length.
+
+    Args:
+        path: a file that safetensors has just written.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        content = json.loads(file.read(length))
+        content["__metadata__"] = dict(sorted(content.get("__metadata__", {}).items()))
+        header = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(header) <= length:
+            file.seek(8)
+            file.write(header.ljust(length))
+
+
 def digest(tensor: Tensor) -> str:
     """Sha256 of a tensor's bytes in C order, little-endian, in base64 without padding, for a short header."""
     return _digest(tensor.detach().cpu().contiguous().numpy())
@@ -1805,12 +1824,50 @@ class _PublishedModel:
         }
         # AutoImageProcessor looks here, and the processor finds timm's pretrained_cfg beside it.
         model.config.image_processor_type = "TimmWrapperImageProcessor"
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        if kwargs.get("is_main_process", True):
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        if not kwargs.get("is_main_process", True):
+            super().save_pretrained(target, **kwargs)  # type: ignore[misc]
+            return
+        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", target.name)
+        # Beside its place, so that a full disk leaves the checkpoint that was there as it is.
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=target) as beside:
             # Beside this file lies the remote code; where this file is the remote code, that is itself.
             source = Path(__file__).with_name(f"{REMOTE_CODE}.py").read_text(encoding="utf-8")
-            Path(save_directory, f"{REMOTE_CODE}.py").write_text(source, encoding="utf-8")
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+            Path(beside, f"{REMOTE_CODE}.py").write_text(source, encoding="utf-8")
+            super().save_pretrained(beside, **kwargs)  # type: ignore[misc]
+            written = {path.name: path for path in Path(beside).iterdir()}
+            for path in written.values():
+                if path.suffix == ".safetensors":
+                    sort_metadata(path)
+            for path in [*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")]:
+                if path.name not in written:
+                    path.unlink()
+            for name, path in written.items():
+                path.replace(target / name)
+        if push:
+            given = {key: kwargs[key] for key in ("token", "private", "create_pr", "revision") if key in kwargs}
+            self.push_to_hub(repo_id, **given)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Push to the Hub in one commit: weights, config, code, card and what else lies beside the weights.
+
+        Args:
+            repo_id: `org/name`.
+            **kwargs: as in `hf_oscqat.hub.push.push_folder`: token, private, create_pr, revision, license, message.
+
+        Returns:
+            The commit, and what it changed.
+
+        Raises:
+            ImportError: without hf_oscqat, which knows how to make the card.
+            ValueError: see `push_folder`.
+        """
+        try:
+            from hf_oscqat.integration.publish import push_model
+        except ImportError as error:
+            raise ImportError("pushing a packed model needs its package: pip install hf_oscqat") from error
+        return push_model(cast(PreTrainedModel, self), repo_id, **kwargs)
 
     @classmethod
     def is_remote_code(cls) -> bool:

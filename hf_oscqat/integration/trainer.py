@@ -7,9 +7,12 @@ loop with the same functions.
 import logging
 import math
 import os
+import shlex
+import sys
 from collections.abc import Sized
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +30,21 @@ from transformers import (
 
 from hf_oscqat.config import OscQATConfig
 from hf_oscqat.diagnosis import compare_ranks, dead_quantizers, not_finite, scales_at_minimum
+from hf_oscqat.hub.push import check_push, push_folder
+from hf_oscqat.integration.checkpoints import whole_folder
 from hf_oscqat.integration.data import randomness_of
 from hf_oscqat.integration.evaluate import accuracy_metrics, keep_top5
+from hf_oscqat.integration.export import pack
 from hf_oscqat.integration.image_trainer import ImageTrainer
 from hf_oscqat.integration.optimizer import create_optimizer
+from hf_oscqat.integration.publish import (
+    oscillation_facts,
+    plain_results,
+    provenance,
+    run_facts,
+    write_companions,
+)
+from hf_oscqat.integration.recording import RecordOscillations
 from hf_oscqat.prepare import model_parameters, quantizer_parameters
 from hf_oscqat.quantization.layers import quantized_layers, quantizers
 from hf_oscqat.remedies.base import take_tick
@@ -41,8 +55,12 @@ from hf_oscqat.remedies.batchnorm import (
     reestimate_batchnorm,
 )
 from hf_oscqat.remedies.tracker import OscillationTracker
+from hf_oscqat.report.recorder import running_statistics, set_running_statistics
 
 logger = logging.getLogger(__name__)
+
+RECORDED_BATCHES = 4
+"""Batches that show, on images of their own, how good re-estimated statistics are; for the report only."""
 
 
 @dataclass
@@ -59,12 +77,15 @@ class OscQATTrainingArguments(TrainingArguments):
         decay_norm_and_bias: whether weight decay also acts on biases and normalisation, as in the published code.
         channels_last: use the memory format that GPUs with tensor cores prefer for convolutions.
         track_oscillations: keep oscillation statistics also when no remedy needs them, for the log and the report.
+        record_oscillations: write what is tracked to `oscillation.jsonl` in `output_dir`, for `oscqat report`.
+        record_steps: steps between recordings; 0 takes a 200th of training, and 10 at least.
         max_skipped_steps: a step whose gradient is not finite is not made; more than this many in a row end training
             (three times as many in fp16, whose scaler finds its scale by skipping).
         compare_ranks_steps: every so many steps the processes compare weights, scales and statistics; 0 never does.
 
     Raises:
-        ValueError: if FSDP or DeepSpeed is asked for, or `weight_optimizer` is unknown.
+        ValueError: if FSDP, DeepSpeed or another hub_strategy than "end" is asked for, `weight_optimizer` is unknown
+            or `record_steps` negative.
     """
 
     weight_optimizer: str = field(default="sgd", metadata={"help": "sgd or adamw, for everything but scales."})
@@ -73,6 +94,10 @@ class OscQATTrainingArguments(TrainingArguments):
     decay_norm_and_bias: bool = field(default=True, metadata={"help": "Weight decay on biases and normalisation."})
     channels_last: bool = field(default=False, metadata={"help": "Use the channels_last memory format."})
     track_oscillations: bool = field(default=True, metadata={"help": "Keep oscillation statistics."})
+    record_oscillations: bool = field(default=True, metadata={"help": "Record them for `oscqat report OUTPUT_DIR`."})
+    record_steps: int = field(
+        default=0, metadata={"help": "Steps between recordings; 0 takes a 200th of training, and 10 at least."}
+    )
     max_skipped_steps: int = field(default=10, metadata={"help": "Steps in a row without a finite gradient, at most."})
     compare_ranks_steps: int = field(default=100, metadata={"help": "Steps between comparisons of the processes."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the weights' learning rate."})
@@ -81,15 +106,19 @@ class OscQATTrainingArguments(TrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the weights' gradient norm; 0 does not."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not take."})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "As in DistributedDataParallel."})
+    hub_strategy: str = field(default="end", metadata={"help": "When to push to the Hub: only at the end."})
 
     def __post_init__(self) -> None:
-        if self.push_to_hub:
+        strategy = str(getattr(self.hub_strategy, "value", self.hub_strategy))
+        if self.push_to_hub and strategy != "end":
             raise ValueError(
-                "got push_to_hub=True, expected False: transformers would upload its arguments, a pickle with the "
-                "token inside. Publishing from the trainer comes later; upload the packed folder with huggingface_hub"
+                f"got hub_strategy={strategy!r}, expected 'end': what is pushed is the packed checkpoint at the "
+                "end. Training checkpoints hold pickles, and stay where they are"
             )
         if self.weight_optimizer not in ("sgd", "adamw"):
             raise ValueError(f"got weight_optimizer={self.weight_optimizer!r}, expected 'sgd' or 'adamw'")
+        if self.record_steps < 0:
+            raise ValueError(f"got record_steps={self.record_steps!r}, expected a number of steps, or 0")
         sharded = "DeepSpeed" if self.deepspeed else "FSDP" if self.fsdp else None
         sharded = sharded or ("FSDP" if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" else None)
         sharded = sharded or ("DeepSpeed" if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else None)
@@ -163,6 +192,13 @@ class OscQATTrainer(ImageTrainer):
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(_LogLastStep)
         self.add_callback(_NoteSkippedSteps(self))
+        self._recording: RecordOscillations | None = None
+        if args.record_oscillations and self.tracker is not None:
+            scheme = f"W{config.weight_bits or 32}A{config.activation_bits or 32}"
+            names = " and ".join(remedy.name.replace("_", " ") for remedy in self.remedies)
+            about = {"model": str(getattr(model.config, "architecture", "")), "scheme": scheme, "remedies": names}
+            self._recording = RecordOscillations(self, about)
+            self.add_callback(self._recording)
         if self._reestimates and self.train_dataset is not None and not isinstance(self.train_dataset, Sized):
             raise ValueError(
                 "got a training dataset without a length, expected one that can be indexed: batch-norm re-estimation "
@@ -173,6 +209,114 @@ class OscQATTrainer(ImageTrainer):
     def step(self) -> int:
         """The optimizer step being made, counted from 1."""
         return self.state.global_step + 1
+
+    def init_hf_repo(self, token: str | None = None) -> None:
+        """Find out before training whether a push will be possible; transformers would make the repository only.
+
+        Raises:
+            ValueError: if the token may not write there.
+        """
+        if self.is_world_process_zero():
+            name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+            self.hub_model_id = self.args.hub_model_id = check_push(name, token=token or self.args.hub_token)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        *,
+        license: str | None = None,
+        base_model: str | None = None,
+        dataset_name: str | None = None,
+        **push_arguments: Any,
+    ) -> str | None:
+        """Evaluate, pack into `<output_dir>/packed`, and push that with its card and pictures in one commit.
+
+        Args:
+            commit_message: title of the commit.
+            blocking: True; a push in the background could be cut off by the end of the program.
+            token: None takes `hub_token`, the stored one, or HF_TOKEN.
+            revision: the branch; None takes `hub_revision`, or main.
+            license: of the result; None inherits that of the base model.
+            base_model: Hub id of the float model; None for one trained from scratch, which needs a `license`.
+            dataset_name: Hub id of the evaluation data, for the card.
+            **push_arguments: as in `push_folder`: private, create_pr.
+
+        Returns:
+            Address of the repository or of the pull request; None on processes other than the first.
+
+        Raises:
+            ValueError: if the licence is not known, or the Hub refuses; see `push_folder`.
+        """
+        if not blocking:
+            raise ValueError("got blocking=False, expected True: nobody would hear of a push that fails")
+        if license is None and base_model is None:
+            raise ValueError("got neither license nor base_model, expected one: a model trained from scratch has none")
+        if base_model is not None:
+            base_model, license = provenance(base_model, license=license, token=token or self.args.hub_token)
+        metrics = {} if self.eval_dataset is None else self.evaluate()
+        if not self.is_world_process_zero():
+            return None
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        with whole_folder(Path(str(self.args.output_dir), "packed")) as folder:
+            packed: PreTrainedModel = pack(model)
+            packed.save_pretrained(folder)
+            results = self._results(name, metrics, license, base_model, dataset_name)
+            results["bytes"]["packed"] = (folder / "model.safetensors").stat().st_size
+            write_companions(folder, results, log_history=self.state.log_history)
+        pushed = push_folder(
+            Path(str(self.args.output_dir), "packed"),
+            name,
+            token=token or self.args.hub_token,
+            message=commit_message,
+            revision=revision or self.args.hub_revision,
+            **{"private": self.args.hub_private_repo, **push_arguments},
+        )
+        return pushed.url
+
+    def _results(
+        self,
+        name: str,
+        metrics: dict[str, float],
+        license: str | None,
+        base_model: str | None,
+        dataset_name: str | None,
+    ) -> dict[str, Any]:
+        """Return for the card what Trainer knows; how its data were prepared it does not."""
+        measured = None
+        if "eval_accuracy" in metrics and "eval_top5_accuracy" in metrics:
+            measured = {
+                "accuracy": metrics["eval_accuracy"],
+                "top5_accuracy": metrics["eval_top5_accuracy"],
+                "num_images": len(self.eval_dataset),
+                "images_per_second": metrics.get("eval_samples_per_second", 0.0),
+            }
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv[0] else "an interactive session"
+        if self.args.hub_token:
+            command = command.replace(self.args.hub_token, "***")
+        oscillation = oscillation_facts(self.state.log_history)
+        results = plain_results(self.model, name, license)
+        results["model"] |= {"base_model": base_model, "origin": base_model or results["model"]["architecture"]}
+        if dataset_name is not None:
+            results["data"] = {
+                "name": dataset_name,
+                "dataset_id": dataset_name,
+                "config": None,
+                "revision": None,
+                "split": "the eval_dataset that Trainer was given",
+                "num_train": len(self.train_dataset) if isinstance(self.train_dataset, Sized) else 0,
+                "skipped_images": 0,
+                "preprocessing": "that of the training script",
+                "evaluation": None,
+            }
+        results["accuracy"]["packed"] = measured
+        results["oscillation"] = None if oscillation is None else {**oscillation, "distances": False}
+        runtime = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
+        results["run"] = run_facts(self, command=command, seconds=sum(runtime), recipe=False)
+        return results
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make one optimizer of two: weights by SGD or AdamW, scales by Adam."""
@@ -290,10 +434,27 @@ class OscQATTrainer(ImageTrainer):
 
     def reestimate_batchnorm(self) -> None:
         """Re-estimate batch-norm statistics on training batches, the same ones each time, shared among processes."""
-        wanted = self.oscqat_config.batchnorm_reestimation_batches
-        wanted *= self.args.train_batch_size * self.args.world_size
+        images = self.args.train_batch_size * self.args.world_size
+        wanted = self.oscqat_config.batchnorm_reestimation_batches * images
         generator = torch.Generator().manual_seed(self.args.seed)
-        indices = torch.randperm(len(self.train_dataset), generator=generator)[:wanted].tolist()
+        order = torch.randperm(len(self.train_dataset), generator=generator).tolist()
+        if self._recording is None or self.state.global_step == 0:
+            self._dead = self._reestimate(order[:wanted])
+            return
+        before = running_statistics(self.model)
+        self._dead = self._reestimate(order[:wanted])
+        # What the new statistics are off by shows on images that they do not come from, where there are some.
+        others = order[wanted : wanted + RECORDED_BATCHES * images]
+        if len(others) < images:
+            self._recording.batchnorm(before, running_statistics(self.model), None)
+            return
+        after = running_statistics(self.model)
+        self._reestimate(others)
+        self._recording.batchnorm(before, after, running_statistics(self.model))
+        set_running_statistics(self.model, after)
+
+    def _reestimate(self, indices: list[int]) -> list[str]:
+        """Re-estimate on these training images; returns the dead quantizers."""
         world_size, rank = self.args.world_size, self.args.process_index
         # A view of its own: workers of training read the epoch of theirs while this goes on.
         at_epoch = getattr(self.train_dataset, "at_epoch", None)
@@ -318,7 +479,7 @@ class OscQATTrainer(ImageTrainer):
             reestimate_batchnorm(
                 model, chain(first, batches), total_variance=self.oscqat_config.batchnorm_total_variance
             )
-            self._dead = dead_quantizers(model, first[0])
+            return dead_quantizers(model, first[0])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Each process has seen other images; without this, rank 0's statistics would be saved and the others' lost.
@@ -350,6 +511,8 @@ class OscQATTrainer(ImageTrainer):
             return
         if self.tracker is not None:
             take_tick(self.tracker, self.remedies, self.step, self.state.max_steps)
+        if self._recording is not None:
+            self._recording.tick(self.step)
         every = self.args.compare_ranks_steps
         if self.args.world_size > 1 and every > 0 and self.step % every == 0:
             compare_ranks(self.model, self.step)

@@ -32,6 +32,7 @@ logger = logging.getLogger("kill_and_resume")
 
 SETTINGS = [
     "--dataset_name", "digits", "--model_name_or_path", "test_efficientnet", "--img_size", "32",
+    "--model_license", "mit",
     "--max_train_samples", "200", "--max_eval_samples", "64", "--per_device_train_batch_size", "8",
     "--max_steps", "60", "--logging_steps", "5", "--save_strategy", "steps", "--save_steps", "7",
     "--save_total_limit", "2", "--eval_strategy", "steps", "--eval_steps", "20", "--dataloader_num_workers", "2",

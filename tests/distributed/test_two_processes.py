@@ -8,6 +8,7 @@ from launching import launch
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = [
     "--dataset_name", "digits", "--model_name_or_path", "test_efficientnet", "--img_size", "32",
+    "--model_license", "mit",
     "--max_train_samples", "64", "--max_eval_samples", "30", "--per_device_train_batch_size", "8", "--max_steps", "3",
     "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "true", "--calibration_batches", "1",
     "--quantization.batchnorm_reestimation_batches", "2", "--quantization.freezing.momentum", "0.01",

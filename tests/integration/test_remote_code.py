@@ -22,6 +22,9 @@ def test_file_in_the_package_is_what_its_modules_make_now():
 
 def test_file_needs_nothing_but_torch_timm_transformers_and_safetensors():
     tree = ast.parse(bundle())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Try):  # what is tried may be missing: the package, to push with
+            node.body = [ast.Pass() if isinstance(line, ast.ImportFrom) else line for line in node.body]
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     outside = {name.split(".")[0] for name in names} - sys.stdlib_module_names

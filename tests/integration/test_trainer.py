@@ -12,6 +12,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, TrainerCallback
@@ -501,9 +502,65 @@ def test_reestimation_takes_a_view_of_the_data_at_the_first_epoch(make_trainer):
     assert trainer.train_dataset.epoch == 3
 
 
-def test_publishing_by_transformers_is_refused(make_trainer):
-    with pytest.raises(ValueError, match="got push_to_hub=True"):
-        make_trainer(push_to_hub=True)
+class TestPush:
+    REPO = "org/mbv2-w4a4-osc"
+
+    def test_packed_model_with_card_and_picture_in_one_commit(self, make_trainer, hub):
+        trainer = make_trainer(push_to_hub=True, hub_model_id=self.REPO, max_steps=3)
+        assert not hub._repos, "the repository is made by the push"
+        trainer.train()
+        assert trainer.push_to_hub(license="mit", dataset_name="org/pets") == f"{hub.url}/{self.REPO}"
+        files = hub.files(self.REPO)
+        assert files.keys() == {
+            "README.md", "config.json", "model.safetensors", "modeling_oscqat.py", "oscillation.png", "results.json",
+        }  # fmt: skip
+        assert len(hub.commits(self.REPO)) == 2
+        metrics = trainer.evaluate()
+        data = ModelCard(files["README.md"].decode()).data
+        assert (data.license, data.datasets, data.eval_results) == ("mit", ["org/pets"], None)
+        assert f"**{100 * metrics['eval_accuracy']:.2f}%**" in files["README.md"].decode()
+        images = torch.stack([RandomImages()[i]["pixel_values"] for i in range(4)])
+        with torch.no_grad():
+            loaded = AutoModelForImageClassification.from_pretrained(self.REPO)
+            assert torch.equal(loaded(images).logits, trainer.model.eval()(images).logits)
+
+    def test_token_is_written_nowhere(self, make_trainer, hub, monkeypatch, caplog, tmp_path):
+        monkeypatch.delenv("HF_TOKEN")
+        monkeypatch.setattr("sys.argv", ["train.py", "--hub_token", "hf_write"])
+        with caplog.at_level("DEBUG"):
+            trainer = make_trainer(push_to_hub=True, hub_model_id=self.REPO, hub_token="hf_write", max_steps=1)
+            trainer.train()
+            trainer.push_to_hub(license="mit")
+        written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+        for content in (*written, *hub.files(self.REPO).values(), caplog.text.encode()):
+            assert b"hf_write" not in content
+
+    def test_read_only_token_is_found_before_training(self, make_trainer, hub):
+        hub.create(self.REPO)
+        with pytest.raises(ValueError, match="the token may not do this; expected one with write permission"):
+            make_trainer(push_to_hub=True, hub_model_id=self.REPO, hub_token="hf_read")
+
+    def test_licence_is_needed_before_anything_is_evaluated(self, make_trainer, hub, monkeypatch):
+        trainer = make_trainer()
+        monkeypatch.setattr(trainer, "evaluate", pytest.fail)
+        with pytest.raises(ValueError, match="a model trained from scratch has none"):
+            trainer.push_to_hub()
+
+    def test_licence_is_that_of_the_base_model(self, make_trainer, hub):
+        hub.create("timm/base", {"README.md": b"---\nlicense: bsd-3-clause\n---\n"})
+        trainer = make_trainer(max_steps=1)
+        trainer.train()
+        trainer.push_to_hub(base_model="timm/base")
+        data = ModelCard(hub.files("alice/run")["README.md"].decode()).data
+        assert (data.license, data.base_model, data.base_model_relation) == ("bsd-3-clause", "timm/base", "quantized")
+
+    def test_training_checkpoints_are_not_pushed(self, make_trainer):
+        with pytest.raises(ValueError, match="got hub_strategy='every_save', expected 'end'"):
+            make_trainer(push_to_hub=True, hub_strategy="every_save")
+
+    def test_push_in_the_background_is_refused(self, make_trainer):
+        with pytest.raises(ValueError, match="got blocking=False"):
+            make_trainer().push_to_hub(blocking=False, license="mit")
 
 
 def test_training_data_is_told_the_epoch(make_trainer):

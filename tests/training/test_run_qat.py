@@ -10,10 +10,13 @@ from filelock import FileLock
 from huggingface_hub import ModelCard
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from hf_oscqat.integration.publish import provenance
+from hf_oscqat.integration.verify import verify
 from run_qat import main, show
 
 SETTINGS = [
-    "--dataset_name", "digits", "--model_name_or_path", "test_efficientnet", "--img_size", "32", "--hflip", "0",
+    "--dataset_name", "digits", "--model_name_or_path", "test_efficientnet", "--img_size", "32",
+    "--model_license", "mit", "--hflip", "0",
     "--max_train_samples", "64", "--max_eval_samples", "40", "--per_device_train_batch_size", "16",
     "--num_train_epochs", "2", "--save_strategy", "epoch", "--logging_steps", "1", "--report_to", "none",
     "--use_cpu", "true", "--disable_tqdm", "true", "--calibration_batches", "2", "--learning_rate", "0.01",
@@ -39,7 +42,7 @@ def test_results_hold_what_was_measured(finished):
     assert results["bytes"]["packed"] < results["bytes"]["float"]
     assert results["packed_difference"] <= 1e-5
     assert results["run"]["steps"] == 8
-    assert results["oscillation"].keys() == {"start", "peak", "end", "frozen"}
+    assert results["oscillation"].keys() == {"start", "peak", "end", "frozen", "distances"}
     assert results["run"]["data_images_per_second"] > 0
 
 
@@ -123,6 +126,64 @@ def test_the_python_on_the_card_runs(finished, monkeypatch):
     assert blocks
     for block in blocks:
         exec(compile(block, "card", "exec"), {})
+
+
+class TestPush:
+    REPO = "org/mbv2-w4a4-osc"
+
+    def test_run_that_ended_is_pushed_and_its_claim_reproduced(self, finished, hub):
+        output_dir, results = finished
+        main(
+            [
+                *SETTINGS,
+                "--float_epochs",
+                "1",
+                "--output_dir",
+                str(output_dir),
+                "--push_to_hub",
+                "--hub_model_id",
+                self.REPO,
+            ]
+        )
+        files = hub.files(self.REPO)
+        assert files.keys() == {path.name for path in (output_dir / "packed").iterdir()}
+        assert len(hub.commits(self.REPO)) == 2
+        data = ModelCard(files["README.md"].decode()).data
+        assert (data.license, data.eval_results[0].metric_value) == ("mit", results["accuracy"]["packed"]["accuracy"])
+        assert verify(self.REPO, device="cpu", show_progress=False).reproduced
+
+    def test_token_that_may_only_read_is_found_before_anything_else(self, hub, tmp_path):
+        command = [*SETTINGS, "--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", self.REPO]
+        with pytest.raises(ValueError, match="token that may only read"):
+            main([*command, "--hub_token", "hf_read"])
+        assert not (tmp_path / "run").exists()
+
+
+class TestLicence:
+    def test_model_trained_from_scratch_needs_one(self, tmp_path):
+        i = SETTINGS.index("--model_license")
+        with pytest.raises(ValueError, match="got test_efficientnet with random weights, expected a licence"):
+            main([*SETTINGS[:i], *SETTINGS[i + 2 :], "--output_dir", str(tmp_path / "run")])
+        assert not (tmp_path / "run").exists()
+
+    def test_that_of_pretrained_weights_is_inherited(self):
+        assert provenance("mobilenetv2_100", pretrained=True) == ("timm/mobilenetv2_100.ra_in1k", "apache-2.0")
+
+    def test_that_of_a_folder_is_on_its_card(self, tmp_path):
+        with pytest.raises(ValueError, match="with no licence that can be read"):
+            provenance(str(tmp_path))
+        (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: ours\nbase_model: a/b\n---\n")
+        assert provenance(str(tmp_path)) == ("a/b", "ours")
+
+    def test_that_of_a_hub_id_is_on_its_card(self, hub):
+        hub.create("org/float", {"README.md": b"---\nlicense: mit\n---\n"})
+        assert provenance("org/float") == ("org/float", "mit")
+        hub.create("org/unlicensed", {"README.md": b"Words\n"})
+        with pytest.raises(ValueError, match="with no licence that can be read"):
+            provenance("org/unlicensed")
+
+    def test_given_one_is_taken(self):
+        assert provenance("mobilenetv2_100", license="mit") == (None, "mit")
 
 
 def test_the_same_command_again_ends_the_same(finished):

@@ -1,0 +1,340 @@
+"""Push a packed checkpoint to the Hub: everything in one commit, on the parent that was read.
+
+Whatever happens on the way, the branch holds either the old files or the new ones. After each failure the repository
+is read again, and what is already there is not sent: this recognises a commit whose answer was lost, and merges with
+somebody else's in between.
+"""
+
+import hashlib
+import json
+import logging
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+from hf_oscqat.hub.card import CARD, EVAL_RESULTS, card_of, read_metadata, update_card
+from hf_oscqat.hub.client import TRIES, HubError, explained, is_passing, patiently, wait
+from hf_oscqat.hub.safetensors_file import LocalFile, read_header
+
+logger = logging.getLogger(__name__)
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy")
+"""Endings of files that may hold a pickle; training arguments and optimizers among them."""
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+"""Files that go where the new checkpoint has none of that name: parts of two checkpoints are no checkpoint."""
+CONFLICTS = (409, 412)
+"""HTTP statuses of a commit whose parent is no longer the newest."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push has done.
+
+    Attributes:
+        url: of the repository, or of the pull request.
+        commit: the commit that holds the files.
+        changed: paths that were written or removed by it; empty if all was there already.
+    """
+
+    url: str
+    commit: str
+    changed: tuple[str, ...]
+
+
+def check_push(repo_id: str, *, token: str | None = None, create_pr: bool = False, api: HfApi | None = None) -> str:
+    """Find out whether a push will be possible, before training for it.
+
+    Args:
+        repo_id: `org/name`, or `name` for the token's own account.
+        token: None takes the stored one, or HF_TOKEN.
+        create_pr: whether a pull request will be opened, for which a token of any kind will do.
+        api: the client; None makes one.
+
+    Returns:
+        The full name, with its account.
+
+    Raises:
+        HubError: if there is no such token, it may not write there, or the card there cannot be merged with.
+    """
+    api = api or HfApi(token=token)
+    with explained(repo_id, "pushing to", api.endpoint):
+        account = patiently(api.whoami, "asking who the token belongs to")
+        if "/" not in repo_id:
+            repo_id = f"{account['name']}/{repo_id}"
+        exists = True
+        try:
+            patiently(lambda: api.auth_check(repo_id, write=not create_pr), f"asking about {repo_id}")
+        except RepositoryNotFoundError:
+            exists = False
+        if exists:
+            head = patiently(lambda: api.repo_info(repo_id), f"reading {repo_id}").sha
+            _read_card(api, repo_id, head)
+        elif create_pr:
+            raise HubError(f"got {repo_id}, which does not exist, expected a repository to open a pull request in")
+        else:
+            _check_may_create(account, repo_id)
+    return repo_id
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    license: str | None = None,
+    message: str | None = None,
+) -> Pushed:
+    """Push a folder with a packed checkpoint in one commit.
+
+    The card is rendered anew with the name of the repository, keeping what people have edited in the folder's and in
+    the repository's. Pickles are left out. Weights of an older checkpoint are removed by the same commit; everything
+    else that is there stays.
+
+    Args:
+        folder: what `training/run_qat.py` calls `packed`, or what `save_pretrained` wrote.
+        repo_id: `org/name`, or `name` for the token's own account. It is made if it does not exist.
+        token: None takes the stored one, or HF_TOKEN.
+        private: for a repository that is made; None leaves it to the account's settings.
+        create_pr: open a pull request instead of committing to the branch.
+        revision: the branch, made if it does not exist; None is `main`.
+        license: for a model whose `results.json` states none.
+        message: title of the commit.
+
+    Returns:
+        The commit, and what it changed; nothing if the same content was there.
+
+    Raises:
+        ValueError: if the folder holds no whole packed checkpoint, or the card cannot be made or merged.
+        HubError: if the Hub refuses, or does not answer.
+    """
+    api = HfApi(token=token)
+    folder = Path(folder)
+    paths = files_to_push(folder)
+    repo_id = check_push(repo_id, token=token, create_pr=create_pr, api=api)
+    ours = card_of(folder, license=license, repo_id=repo_id)
+    contents: dict[str, Path | bytes] = dict(paths)
+    title = message or f"{repo_id.rpartition('/')[2]}: packed checkpoint of hf_oscqat"
+    with explained(repo_id, "pushing to", api.endpoint):
+        if not create_pr:
+            patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"making {repo_id}")
+            if revision is not None:
+                patiently(
+                    lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), f"making branch {revision}"
+                )
+
+        def changes(head: str) -> dict[str, bytes | Path | None]:
+            theirs = _read_card(api, repo_id, head)
+            text = ours if theirs is None else update_card(theirs, ours, f"the card of {repo_id}")
+            wanted = {**contents, CARD: text.encode()}
+            return differences(api, repo_id, head, wanted, replaced=WEIGHTS)
+
+        return commit(api, repo_id, changes, title, revision=revision, create_pr=create_pr)
+
+
+def commit(
+    api: HfApi,
+    repo_id: str,
+    changes: Callable[[str], Mapping[str, bytes | Path | None]],
+    title: str,
+    *,
+    revision: str | None = None,
+    create_pr: bool = False,
+    description: str | None = None,
+) -> Pushed:
+    """Make one commit, or open one pull request, so that a failure leaves the repository as it was.
+
+    Args:
+        api: the client.
+        repo_id: of the repository.
+        changes: returns for a commit what has to be different from it: contents by path, None for a file to remove.
+        title: of the commit.
+        revision: the branch; None is `main`.
+        create_pr: open a pull request.
+        description: of the commit, below its title.
+
+    Returns:
+        What was done, also where that turned out only after the answer was lost.
+    """
+    changed: tuple[str, ...] = ()
+    for attempt in range(1, TRIES + 1):
+        head = str(patiently(lambda: api.repo_info(repo_id, revision=revision), f"reading {repo_id}").sha)
+        wanted = changes(head)
+        if not wanted:
+            return Pushed(f"{api.endpoint}/{repo_id}", head, changed)
+        changed = tuple(sorted(wanted))
+        if create_pr and (found := _open_pull_request(api, repo_id, changes, title)) is not None:
+            return Pushed(*found, changed)
+        try:
+            done = api.create_commit(
+                repo_id,
+                [
+                    CommitOperationDelete(path) if content is None else CommitOperationAdd(path, content)
+                    for path, content in wanted.items()
+                ],
+                commit_message=title,
+                commit_description=description,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=head,
+            )
+            return Pushed(str(done.pr_url or f"{api.endpoint}/{repo_id}"), done.oid, changed)
+        except Exception as error:
+            conflict = isinstance(error, HfHubHTTPError) and error.response.status_code in CONFLICTS
+            if attempt == TRIES or not (conflict or is_passing(error)):
+                raise
+            if conflict:
+                logger.warning("somebody else has committed to %s meanwhile; reading it again", repo_id)
+            else:
+                wait(attempt, f"the commit to {repo_id}", error)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def files_to_push(folder: Path) -> dict[str, Path]:
+    """Return the files of a packed checkpoint by their path in the repository; its card is not among them.
+
+    Pickles, hidden files and what is no file are left out, which is logged.
+
+    Raises:
+        ValueError: if the folder holds no packed checkpoint, or its weights are no whole safetensors file.
+    """
+    config = folder / "config.json"
+    try:
+        quantization = json.loads(config.read_text(encoding="utf-8"))["quantization_config"]
+        packed = quantization["checkpoint_format"] == "packed"
+    except (OSError, ValueError, KeyError, TypeError):
+        packed = False
+    if not packed:
+        raise ValueError(
+            f"got {folder}, expected a folder with a packed checkpoint: what a run writes to <output_dir>/packed, or "
+            "pack(model).save_pretrained(folder)"
+        )
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or name == CARD:
+            continue
+        if name.startswith(".") and not name.startswith(f"{EVAL_RESULTS}/"):
+            logger.info("not pushed: %s, which is hidden", name)
+        elif is_pickle(path):
+            logger.warning("not pushed: %s, which is a pickle and could run anything on whoever loads it", name)
+        else:
+            found[name] = path
+    weights = [path for name, path in found.items() if name.endswith(".safetensors")]
+    if not weights:
+        raise ValueError(f"got {folder} without weights in safetensors, expected model.safetensors in it")
+    for path in weights:
+        read_header(LocalFile(path))
+    return found
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle, by its ending or by how it begins; nothing in it is executed."""
+    if path.suffix == ".safetensors":
+        return False
+    if path.suffix in PICKLES:
+        return True
+    with path.open("rb") as stream:
+        start = stream.read(2)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".pkl") for name in archive.namelist())
+    return len(start) == 2 and start[0] == 0x80 and 2 <= start[1] <= 5
+
+
+def _check_may_create(account: Mapping[str, Any], repo_id: str) -> None:
+    owner = repo_id.partition("/")[0]
+    token = (account.get("auth") or {}).get("accessToken") or {}
+    orgs = {org["name"]: org.get("roleInOrg") for org in account.get("orgs") or []}
+    if owner != account["name"] and orgs.get(owner, "read" if owner not in orgs else None) == "read":
+        raise HubError(
+            f"pushing to {repo_id}: there is no such repository, or it is private, and the account {account['name']} "
+            f"may not make one for {owner}; expected one of its own or of an organisation that it may write to"
+        )
+    allowed = token.get("role") != "read"
+    if token.get("role") == "fineGrained":
+        scopes = (token.get("fineGrained") or {}).get("scoped") or []
+        allowed = any(
+            "repo.write" in scope.get("permissions", ()) and (scope.get("entity") or {}).get("name") == owner
+            for scope in scopes
+        )
+    if not allowed:
+        raise HubError(
+            f"pushing to {repo_id}: got a token that may only read, expected one with write permission for {owner}; "
+            "make one in the settings of the account, then run `hf auth login` or set HF_TOKEN"
+        )
+
+
+def _read_card(api: HfApi, repo_id: str, commit: str | None) -> str | None:
+    """Return the card of a repository; None if it has none.
+
+    Raises:
+        CardError: if its metadata are no YAML.
+    """
+    listed = patiently(lambda: api.get_paths_info(repo_id, [CARD], revision=commit), f"reading {repo_id}")
+    if not listed:
+        return None
+    path = patiently(lambda: api.hf_hub_download(repo_id, CARD, revision=commit), f"reading the card of {repo_id}")
+    text = Path(path).read_text(encoding="utf-8")
+    read_metadata(text, f"the card of {repo_id}")
+    return text
+
+
+def differences(
+    api: HfApi, repo_id: str, commit: str, wanted: Mapping[str, Path | bytes], *, replaced: Sequence[str] = ()
+) -> dict[str, Path | bytes | None]:
+    """Return what of the wanted files a commit does not have, by path; None for a file that must go.
+
+    Args:
+        api: the client.
+        repo_id: of the repository.
+        commit: to compare with.
+        wanted: contents by path.
+        replaced: patterns of files that must go where they are not wanted.
+    """
+
+    def listing() -> dict[str, str]:
+        # sha256 where git keeps a pointer only, else what git itself calls the content.
+        tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+        return {
+            file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in tree if isinstance(file, RepoFile)
+        }
+
+    there = patiently(listing, f"reading {repo_id}")
+    changes: dict[str, Path | bytes | None] = {
+        path: content for path, content in wanted.items() if there.get(path) not in _digests(content)
+    }
+    stale = [path for path in there if path not in wanted and any(fnmatch(path, pattern) for pattern in replaced)]
+    return changes | dict.fromkeys(stale)
+
+
+def _digests(content: Path | bytes) -> tuple[str, str]:
+    """What git calls the content, and its sha256."""
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(), hashlib.sha256(data).hexdigest()
+
+
+def _open_pull_request(
+    api: HfApi, repo_id: str, changes: Callable[[str], Mapping[str, Any]], title: str
+) -> tuple[str, str] | None:
+    """Return address and commit of an open pull request of this title that has these changes already."""
+    found = patiently(
+        lambda: list(api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")),
+        f"reading the pull requests of {repo_id}",
+    )
+    for request in found:
+        if request.title == title:
+            reference = f"refs/pr/{request.num}"
+            head = str(patiently(lambda ref=reference: api.repo_info(repo_id, revision=ref), f"reading {repo_id}").sha)  # type: ignore[misc]
+            if not changes(head):
+                return str(request.url), head
+    return None

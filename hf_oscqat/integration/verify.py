@@ -1,0 +1,466 @@
+"""Measure again what a card claims, and say whether it comes out the same.
+
+`claim_arguments` writes down, beside a measured accuracy, everything that decides about it; `read_claim` reads that
+from a card, and `verify` runs it again: the same images prepared in the same way, by the weights of one commit.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+import yaml
+from huggingface_hub import HfApi
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+from hf_oscqat.hub.card import CARD, EVAL_RESULTS, METRICS, TASK, read_metadata, with_results
+from hf_oscqat.hub.client import explained, patiently
+from hf_oscqat.hub.push import Pushed, commit, differences
+from hf_oscqat.integration.data import DataArguments, DataError, ImageData, build_transforms, collate, load_image_data
+from hf_oscqat.integration.evaluate import Evaluation, evaluate_accuracy
+from hf_oscqat.quantization.packed import PackedLayer
+
+logger = logging.getLogger(__name__)
+
+PREPARATION = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+"""Keys of timm that say how an image is prepared."""
+RESOLUTION = 1e-3
+"""Differences of accuracy up to this are rounding: another device sums in another order."""
+TITLE = "Results measured by oscqat evaluate"
+
+
+class CannotRerunError(ValueError):
+    """A claim cannot be measured again; the message says why, and what would help."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a card says was measured.
+
+    Attributes:
+        accuracy: claimed values by metric, as in `METRICS`, in [0, 1].
+        num_images: how many images that was measured on.
+        dataset: id on the Hub, "digits", or the name of a folder that is not published.
+        config: configuration of the dataset; None is the default.
+        split: of the dataset.
+        revision: commit of the dataset; None if it is not versioned.
+        arguments: how images were chosen and prepared, see `claim_arguments`.
+    """
+
+    accuracy: Mapping[str, float]
+    num_images: int
+    dataset: str
+    config: str | None
+    split: str
+    revision: str | None
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came out.
+
+    Attributes:
+        name: folder or Hub id.
+        commit: of the model; None for a folder.
+        claim: what was claimed.
+        measured: what was measured.
+        tolerance: by metric, the largest difference that is taken for the same.
+        parameters: numbers in the model.
+    """
+
+    name: str
+    commit: str | None
+    claim: Claim
+    measured: Evaluation
+    tolerance: Mapping[str, float]
+    parameters: int
+
+    @property
+    def differences(self) -> dict[str, float]:
+        """Measured minus claimed, by metric."""
+        return {
+            metric: getattr(self.measured, METRICS[metric][0]) - claimed
+            for metric, claimed in self.claim.accuracy.items()
+        }
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether every claimed value was met."""
+        return all(abs(difference) <= self.tolerance[metric] for metric, difference in self.differences.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; the keys of timm's validate.py come first, accuracies in percent."""
+        top1, top5 = 100 * self.measured.accuracy, 100 * self.measured.top5_accuracy
+        prepared = self.claim.arguments
+        return {
+            "model": self.name,
+            "top1": round(top1, 4),
+            "top1_err": round(100 - top1, 4),
+            "top5": round(top5, 4),
+            "top5_err": round(100 - top5, 4),
+            "param_count": round(self.parameters / 1e6, 2),
+            "img_size": prepared["input_size"][-1],
+            "crop_pct": prepared["crop_pct"],
+            "interpolation": prepared["interpolation"],
+            "commit": self.commit,
+            "dataset": self.claim.dataset,
+            "dataset_revision": self.claim.revision,
+            "split": self.claim.split,
+            "num_images": self.measured.num_images,
+            "claimed_num_images": self.claim.num_images,
+            "images_per_second": round(self.measured.images_per_second, 1),
+            "claimed": {metric: 100 * value for metric, value in self.claim.accuracy.items()},
+            "tolerance": {metric: 100 * value for metric, value in self.tolerance.items()},
+            "reproduced": self.reproduced,
+        }
+
+
+def claim_arguments(args: DataArguments, seed: int, preparation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides about an accuracy besides model, dataset, configuration, revision and split.
+
+    Args:
+        args: the data of the run.
+        seed: that images are held out and drawn with.
+        preparation: how images are prepared, with the keys of timm.
+    """
+    source = "hub"
+    if args.dataset_name == "digits":
+        source = "digits"
+    elif args.dataset_name is None or Path(args.dataset_name).exists():
+        source = "folder"
+    chosen = {
+        name: getattr(args, name)
+        for name in ("train_split", "train_val_split", "image_column_name", "label_column_name", "max_eval_samples")
+        if getattr(args, name) != getattr(DataArguments, name, None)
+    }
+    if args.skip_bad_images:
+        chosen["skip_bad_images"] = True
+    if chosen.keys() & {"train_val_split", "max_eval_samples"}:
+        chosen["seed"] = seed
+    prepared = {key: list(v) if isinstance(v := preparation[key], tuple) else v for key in PREPARATION}
+    return {"source": source, **prepared, **chosen}
+
+
+def read_claim(metadata: Mapping[str, Any], place: str) -> Claim:
+    """Find in a card's metadata what was measured, and how.
+
+    Args:
+        metadata: of the card.
+        place: where the card is, for messages.
+
+    Raises:
+        CannotRerunError: if it claims nothing, or not how it was measured.
+    """
+    found: dict[tuple[Any, ...], Claim] = {}
+    for model in metadata.get("model-index") or []:
+        for result in model.get("results") or []:
+            dataset = result.get("dataset") or {}
+            arguments = dataset.get("args") or {}
+            values = {
+                metric["type"]: float(metric["value"])
+                for metric in result.get("metrics") or []
+                if metric.get("type") in METRICS and isinstance(metric.get("value"), int | float)
+            }
+            if (result.get("task") or {}).get("type") != TASK or not values or "num_images" not in arguments:
+                continue
+            key = (dataset.get("type"), dataset.get("config"), dataset.get("split"), dataset.get("revision"))
+            before = found[key].accuracy if key in found else {}
+            found[key] = Claim(
+                accuracy={**before, **values},
+                num_images=int(arguments["num_images"]),
+                dataset=str(dataset.get("type")),
+                config=dataset.get("config"),
+                split=str(dataset.get("split")),
+                revision=dataset.get("revision"),
+                arguments=arguments,
+            )
+    if not found:
+        raise CannotRerunError(
+            f"{place} states no accuracy together with how it was measured, so nothing can be run again; expected "
+            "model-index results with dataset args, as oscqat writes them"
+        )
+    claim = next(iter(found.values()))
+    missing = [key for key in PREPARATION if key not in claim.arguments]
+    if missing:
+        raise CannotRerunError(f"{place} does not say how images were prepared: {', '.join(missing)} are missing")
+    if len(found) > 1:
+        logger.warning("%s has results on %d datasets; the first is run again: %s", place, len(found), claim.dataset)
+    return claim
+
+
+def verify(
+    source: str,
+    *,
+    revision: str | None = None,
+    dataset: str | None = None,
+    max_samples: int | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: str | None = None,
+    token: str | None = None,
+    show_progress: bool = True,
+) -> Verification:
+    """Measure again what the card of a packed model claims.
+
+    Args:
+        source: a folder or a Hub id.
+        revision: for a Hub id, a branch, tag or commit.
+        dataset: the images, where they are not on the Hub or to be read from somewhere else: a folder with one folder
+            per class, a folder that `datasets` reads, or a Hub id.
+        max_samples: measure on a random subset of this size.
+        batch_size: images at once.
+        num_workers: processes that load images.
+        device: "cpu" to stay there; None takes the accelerator if there is one.
+        token: None takes the stored one, or HF_TOKEN.
+        show_progress: show a progress bar.
+
+    Raises:
+        CannotRerunError: if the claim cannot be run again: it says too little, or the images are not to be had.
+        ValueError: if the checkpoint is damaged, or the Hub refuses.
+    """
+    sha, card = _pinned_card(source, revision, token)
+    claim = read_claim(read_metadata(card, f"the card of {source}"), f"the card of {source}")
+    data = _load_data(claim, dataset, max_samples)
+    whole = max_samples is None or max_samples >= claim.num_images
+    if whole and data.num_images != claim.num_images:
+        raise CannotRerunError(
+            f"the card of {source} speaks of {claim.num_images} images of {claim.dataset}, split {claim.split}, and "
+            f"there are {data.num_images}: these are other data"
+        )
+    model = _load_model(source, sha, token)
+    _check_classes(model, data, source)
+    data.validation.transform = _transform(claim)
+    measured = evaluate_accuracy(
+        model,
+        data.validation,
+        batch_size=batch_size,
+        collate=collate,
+        num_workers=num_workers,
+        cpu=device == "cpu",
+        show_progress=show_progress,
+    )
+    return Verification(
+        name=source,
+        commit=sha,
+        claim=claim,
+        measured=measured,
+        tolerance={metric: tolerance(value, measured.num_images, whole) for metric, value in claim.accuracy.items()},
+        parameters=_count_parameters(model),
+    )
+
+
+def tolerance(claimed: float, num_images: int, whole: bool) -> float:
+    """Return the largest difference from a claimed accuracy that is taken for the same.
+
+    On the images of the claim that is 0.001, or one image where there are fewer than a thousand. A subset is drawn by
+    chance: three standard errors of a binomial share of that size.
+
+    Args:
+        claimed: accuracy, in [0, 1].
+        num_images: how many were measured on.
+        whole: whether those are all of the claim's.
+    """
+    if whole:
+        return max(RESOLUTION, 1 / num_images) + 1e-9
+    return max(RESOLUTION, 3 * math.sqrt(claimed * (1 - claimed) / num_images))
+
+
+def propose_results(result: Verification, *, token: str | None = None) -> Pushed | None:
+    """Open a pull request that puts the measured values into the card, and into `.eval_results` for data of the Hub.
+
+    Args:
+        result: measured on all images of the claim, for a model on the Hub.
+        token: of any account; None takes the stored one, or HF_TOKEN.
+
+    Returns:
+        The pull request; if one of this title is open, that one, without a commit. None if the card has these values
+        already.
+
+    Raises:
+        ValueError: if the measurement may not be proposed, or the Hub refuses.
+    """
+    subset = result.measured.num_images != result.claim.num_images
+    check_proposable(folder=result.commit is None, subset=subset)
+    api = HfApi(token=token)
+    name = result.name
+    with explained(name, "proposing results to", api.endpoint):
+        requests = patiently(
+            lambda: list(api.get_repo_discussions(name, discussion_type="pull_request", discussion_status="open")),
+            f"reading the pull requests of {name}",
+        )
+        for request in requests:
+            if request.title == TITLE:
+                return Pushed(str(request.url), "", ())
+
+        def changes(head: str) -> dict[str, bytes | Path | None]:
+            card = Path(patiently(lambda: api.hf_hub_download(name, CARD, revision=head), f"reading {name}"))
+            text = with_results(card.read_text(encoding="utf-8"), _measured_entries(result), f"the card of {name}")
+            listed = _listed(result)
+            wanted = {CARD: text.encode()} | ({} if listed is None else {listed[0]: listed[1].encode()})
+            return differences(api, name, head, wanted)
+
+        pushed = commit(
+            api,
+            name,
+            changes,
+            TITLE,
+            create_pr=True,
+            description=f"Measured at commit {result.commit} on {result.measured.num_images} images of "
+            f"{result.claim.dataset}, split {result.claim.split}, by `oscqat evaluate {name}`.",
+        )
+        return pushed if pushed.changed else None
+
+
+def check_proposable(*, folder: bool, subset: bool) -> None:
+    """Refuse to propose what is no measurement of the claim.
+
+    Args:
+        folder: whether the model is one on disk.
+        subset: whether not all images of the claim are measured on.
+
+    Raises:
+        ValueError: if either is so.
+    """
+    if folder:
+        raise ValueError("got a folder to open a pull request in, expected a Hub id such as org/name")
+    if subset:
+        raise ValueError(
+            "got a measurement on a part of the images to propose, expected one on all of them: leave out "
+            "--max-samples"
+        )
+
+
+def _measured_entries(result: Verification) -> dict[tuple[Any, ...], float]:
+    """Return the measured value for each result of the card that it is one of."""
+    claim = result.claim
+    return {
+        (TASK, claim.dataset, claim.config, claim.split, metric): getattr(result.measured, METRICS[metric][0])
+        for metric in claim.accuracy
+    }
+
+
+def _listed(result: Verification) -> tuple[str, str] | None:
+    claim = result.claim
+    if claim.arguments.get("source") != "hub":
+        return None
+    dataset = {"id": claim.dataset, "task_id": claim.config or "default"}
+    if claim.revision:
+        dataset["revision"] = claim.revision
+    entry = {
+        "dataset": dataset,
+        "value": round(100 * result.measured.accuracy, 4),
+        "date": date.today().isoformat(),
+        "notes": f"top-1 accuracy in percent, split {claim.split}; measured by oscqat evaluate",
+    }
+    name = claim.dataset.rpartition("/")[2]
+    return f"{EVAL_RESULTS}/{name}.yaml", yaml.safe_dump([entry], sort_keys=False)
+
+
+def _pinned_card(source: str, revision: str | None, token: str | None) -> tuple[str | None, str]:
+    """Return the commit that is evaluated, None for a folder, and its card."""
+    if Path(source).is_dir():
+        card = Path(source, CARD)
+        if not card.is_file():
+            inside = Path(source, "packed", CARD)
+            hint = f": you may mean {inside.parent}" if inside.is_file() else ""
+            raise CannotRerunError(f"got {source} without {CARD}, expected a card that claims something{hint}")
+        return None, card.read_text(encoding="utf-8")
+    if "/" not in source:
+        raise CannotRerunError(f"got {source!r}, expected an existing folder, or a Hub id such as org/name")
+    api = HfApi(token=token)
+    with explained(source, "reading", api.endpoint):
+        info = patiently(lambda: api.model_info(source, revision=revision), f"reading {source}")
+        if CARD not in {sibling.rfilename for sibling in info.siblings or ()}:
+            raise CannotRerunError(f"got {source} without {CARD}, expected a card that claims something")
+        path = patiently(lambda: api.hf_hub_download(source, CARD, revision=info.sha), f"reading the card of {source}")
+    return info.sha, Path(path).read_text(encoding="utf-8")
+
+
+def _load_data(claim: Claim, dataset: str | None, max_samples: int | None) -> ImageData:
+    args, source = dict(claim.arguments), claim.arguments.get("source")
+    chosen: dict[str, Any] = {
+        name: args[name]
+        for name in ("train_split", "train_val_split", "image_column_name", "label_column_name", "skip_bad_images")
+        if name in args
+    }
+    if dataset is None and source == "folder":
+        raise CannotRerunError(
+            f"the card was measured on {claim.dataset}, a folder that is not published: pass the images as --dataset "
+            "FOLDER"
+        )
+    if "train_val_split" not in args:
+        chosen["validation_split"] = claim.split
+    if dataset is None:
+        chosen |= {"dataset_name": claim.dataset, "dataset_config_name": claim.config}
+        chosen["dataset_revision"] = claim.revision
+    elif _is_folder_of_classes(Path(dataset)):
+        chosen["validation_dir"] = dataset
+        chosen.pop("validation_split", None)
+    else:
+        chosen["dataset_name"] = dataset
+        if dataset == claim.dataset:
+            chosen |= {"dataset_config_name": claim.config, "dataset_revision": claim.revision}
+    wanted = [count for count in (max_samples, args.get("max_eval_samples")) if count is not None]
+    if wanted:
+        chosen["max_eval_samples"] = min(wanted)
+    try:
+        return load_image_data(DataArguments(**chosen), seed=int(args.get("seed", 0)), need_train=False)
+    except (DataError, ImportError, TypeError) as error:
+        raise CannotRerunError(f"the images of the claim, {claim.dataset}, are not to be had: {error}") from error
+
+
+def _is_folder_of_classes(path: Path) -> bool:
+    """Whether a folder holds a folder per class, and not what `datasets` reads."""
+    if not path.is_dir():
+        return False
+    entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    return bool(entries) and all(entry.is_dir() for entry in entries) and not (path / "train").is_dir()
+
+
+def _load_model(source: str, sha: str | None, token: str | None) -> nn.Module:
+    if sha is None:
+        return AutoModelForImageClassification.from_pretrained(source)
+    api = HfApi(token=token)
+    with explained(source, "loading", api.endpoint):
+        return patiently(
+            lambda: AutoModelForImageClassification.from_pretrained(source, revision=sha, token=token),
+            f"loading {source}",
+        )
+
+
+def _check_classes(model: nn.Module, data: ImageData, source: str) -> None:
+    """Refuse data whose classes are not the model's, where both are named."""
+    config: Any = model.config
+    names, labels = data.class_names, [str(config.id2label[i]) for i in range(config.num_labels)]
+    if len(names) != len(labels):
+        raise CannotRerunError(
+            f"{source} has {len(labels)} classes and the images {len(names)}: what its outputs mean would be a guess"
+        )
+    if names != labels and set(names) == set(labels):
+        raise CannotRerunError(
+            f"{source} and the images have the same classes in another order ({labels[:3]} and {names[:3]}): expected "
+            "the data of the card"
+        )
+
+
+def _transform(claim: Claim) -> Any:
+    prepared = {key: claim.arguments[key] for key in PREPARATION}
+    settings = timm.data.resolve_data_config(
+        {key: tuple(value) if isinstance(value, list) else value for key, value in prepared.items()}
+    )
+    # As bytes, which `evaluate_accuracy` normalises on the device by the model's own config, as the run did.
+    _, transform = build_transforms(settings, DataArguments(dataset_name="digits"), normalize=False)
+    return transform
+
+
+def _count_parameters(model: nn.Module) -> int:
+    packed = [module.format.weight for module in model.modules() if isinstance(module, PackedLayer)]
+    own = sum(parameter.numel() for parameter in model.parameters())
+    return own + sum(torch.Size(grid.shape).numel() for grid in packed if grid is not None)
