@@ -70,6 +70,7 @@ class Budget:
     Args:
         networks: timm name -> widths to train at, such as W4A4, or W3 for weights only.
         model_args: further arguments of `timm.create_model`.
+        stem_stride: of the first convolution, which has 2 as published: too coarse for small images.
         train_images: at most so many images of the training split are used, None for all.
         held_out: how many of these are for the trials.
         float_epochs: passes in float.
@@ -91,6 +92,7 @@ class Budget:
 
     networks: dict[str, tuple[str, ...]]
     model_args: dict[str, Any]
+    stem_stride: int
     train_images: int | None
     held_out: int
     float_epochs: float
@@ -123,7 +125,8 @@ BUDGETS: dict[str, Budget] = {
     # The whole protocol. 20 epochs, 3 seeds and batches of 128 are the paper's, for its ablations.
     "gpu": Budget(
         networks={"mobilenetv2_100": ("W4A4", "W3A3", "W3"), "efficientnet_lite0": ("W3A3",)},
-        model_args={"output_stride": 8},
+        model_args={"output_stride": 16},
+        stem_stride=1,
         train_images=None,
         held_out=5000,
         float_epochs=150,
@@ -146,16 +149,17 @@ BUDGETS: dict[str, Budget] = {
     ),
     # What two cores finish in an hour.
     "cpu": Budget(
-        networks={"mobilenetv2_035": ("W3A3", "W3")},
-        model_args={"output_stride": 16},
+        networks={"mobilenetv2_035": ("W3A3",)},
+        model_args={},
+        stem_stride=1,
         train_images=None,
         held_out=5000,
-        float_epochs=6,
+        float_epochs=8,
         float_learning_rate=0.05,
         float_weight_decay=1e-4,
         float_batch_size=64,
-        epochs=1.5,
-        tuning_epochs=0.5,
+        epochs=0.75,
+        tuning_epochs=0.25,
         batch_size=32,
         weight_decay=2.5e-5,
         scale_learning_rate=1e-5,
@@ -167,11 +171,13 @@ BUDGETS: dict[str, Budget] = {
             "dampening": (Trial(0.03, 0.1), Trial(0.03, 1.0), Trial(0.1, 1.0)),
             "freezing": (Trial(0.03, 0.01), Trial(0.03, 0.03), Trial(0.1, 0.03)),
         },
+        size=24,
     ),
     # Seconds, to see that it works; on any small images.
     "smoke": Budget(
         networks={"test_efficientnet": ("W3A3",)},
         model_args={},
+        stem_stride=1,
         train_images=96,
         held_out=32,
         float_epochs=2,
@@ -399,6 +405,7 @@ class Table:
             weights = file.with_suffix(".safetensors")
             torch.manual_seed(0)
             model = timm.create_model(network, num_classes=self.images.classes, **self.budget.model_args)
+            model.conv_stem.stride = (self.budget.stem_stride, self.budget.stem_stride)
             model = model.to(self.settings.torch_device, memory_format=torch.channels_last)
             with self._lock(file, -1):
                 if self._read(file) is None:
@@ -456,9 +463,9 @@ class Table:
         if not file.is_file():
             return None
         content = json.loads(file.read_text(encoding="utf-8"))
-        own = self._protocol()
-        if content["protocol"] != own:
-            differing = sorted(key for key in own if content["protocol"].get(key) != own[key])
+        own = self._protocol(file.parent.name)
+        differing = sorted(key for key in own if content["protocol"].get(key) != own[key])
+        if differing:
             raise ValueError(
                 f"got {file}, made with other {', '.join(differing)}, expected results of one protocol in a folder: "
                 "choose another --output_dir or --budget, or remove it"
@@ -468,16 +475,19 @@ class Table:
     def _write(self, file: Path, content: dict[str, Any]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_suffix(f".{os.getpid()}.new")
-        text = json.dumps({**content, "protocol": self._protocol()}, indent=1)
+        text = json.dumps({**content, "protocol": self._protocol(file.parent.name)}, indent=1)
         beside.write_text(text + "\n", encoding="utf-8")
         beside.rename(file)
 
-    def _protocol(self) -> dict[str, Any]:
-        """All that results in one table have in common. What only decides how many there are is left out."""
-        common = asdict(self.budget)
-        for key in ("networks", "seeds"):
-            del common[key]
-        return json.loads(json.dumps(common))
+    def _protocol(self, part: str) -> dict[str, Any]:
+        """What decides results in `float/`, `trials/` or `cells/`; not how many of them there are."""
+        everything = asdict(self.budget)
+        data = ("train_images", "held_out", "size", "mirror")
+        if part == "float":
+            kept = {k: v for k, v in everything.items() if k in (*data, "model_args", "stem_stride") or "float" in k}
+        else:
+            kept = {k: v for k, v in everything.items() if k not in ("networks", "seeds")}
+        return json.loads(json.dumps(kept))
 
 
 def _threads() -> str:
@@ -494,7 +504,7 @@ def run(settings: Cifar10Settings) -> StudyResult:
         table.fill()
     kinds = dict.fromkeys((cell.network, cell.width, cell.method) for cell in cells(table.budget))
     found = {kind: [table.results(Cell(*kind, seed)) for seed in range(table.budget.seeds)] for kind in kinds}
-    rows = [_row(kind, results) for kind, results in found.items()]
+    rows = [_row(kind, results, table.trials(Cell(*kind, seed=0))) for kind, results in found.items()]
     missing = sum(result is None for results in found.values() for result in results)
     total = len(cells(table.budget))
     if missing == total:
@@ -505,7 +515,10 @@ def run(settings: Cifar10Settings) -> StudyResult:
     return StudyResult(rows, _draw(found), finding)
 
 
-def _row(kind: tuple[str, str, str], results: list[dict[str, Any] | None]) -> dict[str, Any]:
+def _row(
+    kind: tuple[str, str, str], results: list[dict[str, Any] | None], trials: list[dict[str, Any]]
+) -> dict[str, Any]:
+    best = max(trials, key=lambda trial: trial["after"], default=None)
     there = [result for result in results if result is not None]
 
     def summary(key: str, digits: int = 2) -> str:
@@ -527,9 +540,15 @@ def _row(kind: tuple[str, str, str], results: list[dict[str, Any] | None]) -> di
         "oscillating_percent": summary("oscillating_percent", 3),
         "frozen_percent": summary("frozen_percent"),
         "seconds": summary("seconds", 0),
-        "packed_bytes": there[0]["packed_bytes"] if there else "",
+        "trials": "; ".join(_trial(trial, trial is best) for trial in trials),
         "missing_seeds": ", ".join(str(seed) for seed, result in enumerate(results) if result is None),
     }
+
+
+def _trial(trial: dict[str, Any], is_best: bool) -> str:
+    """Learning rate, strength and accuracy on held-out images; a star where it is what cells are trained with."""
+    strength = "" if trial["strength"] is None else f", {trial['strength']:g}"
+    return f"{trial['learning_rate']:g}{strength}: {trial['after']:.2f}{'*' if is_best else ''}"
 
 
 def _draw(found: dict[tuple[str, str, str], list[dict[str, Any] | None]]) -> Figure:
