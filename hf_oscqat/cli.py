@@ -30,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and args.command != "study":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        if args.command == "inspect":
+        if args.command in ("inspect", "report"):
             with _without_garbage_collection():
-                return _inspect(args)
-        # `import hf_oscqat` leaves this to the command line, where what only lists layers should not wait for it.
+                return _inspect(args) if args.command == "inspect" else _report(args)
+        # `import hf_oscqat` leaves this to the command line, where what loads no model should not wait for it.
         from hf_oscqat.integration.register import register
 
         register()
@@ -53,7 +53,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Namespace], int]]]:
-    """Return the parser, and the function of each command but `study` and `inspect`."""
+    """Return the parser, and the function of each command but `study`, `inspect` and `report`."""
     parser = argparse.ArgumentParser(
         prog="oscqat",
         description="Low-bit training of timm models that overcomes weight oscillations.",
@@ -149,7 +149,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Nam
         "study", add_help=False, help="run one of the paper's studies; `oscqat study` lists them"
     )
     study.add_argument("name", nargs="?")
-    return parser, {"evaluate": _evaluate, "push": _push, "card": _card, "report": _report}
+    return parser, {"evaluate": _evaluate, "push": _push, "card": _card}
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -175,7 +175,7 @@ def watched_paths(recording: Recording, i: int, count: int = 4) -> Figure | None
     window = recording.windows[i]
     if window is None:
         return None
-    weights = window.weights[:count]
+    weights = sorted(window.weights, key=lambda weight: -np.count_nonzero(np.diff(weight.ints)))[:count]
     figure, panels = _panels(0.45 + 0.72 * len(weights), len(weights))
     for axes, weight in zip(panels, weights, strict=True):
         steps = np.arange(window.first, window.first + len(weight.ints))

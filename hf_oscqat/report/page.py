@@ -132,6 +132,10 @@ def _summary(recordings: Sequence[Recording]) -> list[tuple[str, list[str]]]:
         ("Steps recorded", lambda r: f"to {r.steps[-1]:,} of {r.total_steps:,}"),
         ("Top-1 accuracy at the end", lambda r: percent(last(r, "eval_accuracy"))),
         ("Training loss at the end", lambda r: "–" if (v := last(r, "loss")) is None else f"{v:.4g}"),  # noqa: RUF001
+        (
+            "Counts as oscillating",
+            lambda r: f"above {100 * r.oscillating_above:g}% of steps, over some {1 / r.momentum:,.0f} steps",
+        ),
         ("Oscillating weights, peak", lambda r: percent(r.of_all_weights(r.oscillating).max())),
         ("Oscillating weights, end", lambda r: percent(r.of_all_weights(r.oscillating)[-1])),
         ("Frozen weights, end", lambda r: percent(r.of_all_weights(r.frozen)[-1])),
@@ -191,9 +195,9 @@ def _sections(recordings: Sequence[Recording], labels: list[str], steps: Sequenc
         Section(
             "shares",
             "Oscillating and frozen weights",
-            "A weight oscillates if its integer keeps moving back and forth: its oscillation frequency is above the "
-            "tracker's threshold. Shares are of all tracked weights, those of at most 4 bits. A rising red curve that "
-            "does not fall again is what the remedies are for.",
+            "A weight oscillates if its integer keeps moving back and forth: its oscillation frequency, a moving "
+            "average, is above the threshold given at the top. Runs with different averages cannot be compared in "
+            "this. Shares are of all tracked weights, those of at most 4 bits.",
             [each(lambda r: _shares(r, recordings, last_step), "shares", shares_caption)],
         ),
         Section(
@@ -317,10 +321,14 @@ def _shares(recording: Recording, recordings: Sequence[Recording], last_step: in
 def _windows(
     recordings: Sequence[Recording], chosen: list[list[int]], each: Callable[..., list[Chart]]
 ) -> list[list[Chart]]:
-    """A row of charts for each chosen step, the last two of those at which weights were watched."""
-    of_runs = [
-        [i for i in those if r.windows[i] is not None][-2:] for r, those in zip(recordings, chosen, strict=True)
-    ]
+    """A row of charts for each of the last two chosen steps: the window that ended nearest to it."""
+    of_runs = []
+    for recording, those in zip(recordings, chosen, strict=True):
+        ended = np.array([i for i, window in enumerate(recording.windows) if window is not None])
+        nearest = [
+            int(ended[np.abs(recording.steps[ended] - recording.steps[i]).argmin()]) for i in those if ended.size
+        ]
+        of_runs.append(sorted(set(nearest))[-2:])
     rows = []
     for k in range(2):
         of_run = {id(r): those[k] for r, those in zip(recordings, of_runs, strict=True) if k < len(those)}

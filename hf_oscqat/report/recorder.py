@@ -36,7 +36,7 @@ Statistics = list[tuple[Tensor, ...]]
 """Running mean and variance of each batch-norm layer."""
 
 WINDOW = 32
-"""Steps before a recording in which weights are watched, at most."""
+"""Steps in a row, up to a recording, in which weights are watched; some more where recordings are less far apart."""
 WATCHED = 8
 WATCHED_OF_A_LAYER = 2
 
@@ -155,8 +155,10 @@ class Recorder:
         ahead = -step % self.every
         if step <= self.total_steps:
             ahead = min(ahead, self.total_steps - step)
-        if ahead < WINDOW:
-            self._watch(step)
+        if not self._watched and ahead == min(WINDOW, self.every) - 1:
+            self._choose(step)
+        if self._watched:
+            self._watch()
         if ahead == 0 or step == 1:
             self._record(step)
 
@@ -208,13 +210,13 @@ class Recorder:
             "about": dict(about),
             "total_steps": self.total_steps,
             "every": self.every,
+            "momentum": self.tracker.momentum,
+            "oscillating_above": self.tracker.oscillating_above,
             "layers": layers,
             "batchnorm_layers": followed,
         }
 
-    def _watch(self, step: int) -> None:
-        if not self._watched:
-            self._choose(step)
+    def _watch(self) -> None:
         row = [
             numbers
             for i, coordinates, _ in self._watched
@@ -223,8 +225,7 @@ class Recorder:
                 grid_position(self._layers[i], coordinates).float(),
             )
         ]
-        if row:
-            self._rows.append(torch.cat(row))
+        self._rows.append(torch.cat(row))
 
     def _choose(self, step: int) -> None:
         """Choose what to watch: of the sampled weights that are not frozen the most oscillating, few of one layer."""
@@ -275,13 +276,13 @@ class Recorder:
             for where, layer in zip(positions, self._header["layers"], strict=True)
         ]
         row["ints"] = pack_ints(found["ints"])
-        row["window"] = self._window()
+        row["window"] = None
+        if len(self._rows) >= WINDOW or (self._rows and step >= self.total_steps):
+            row["window"] = self._window()
+            self._stop_watching()
         append_row(self.path, row)
-        self._stop_watching()
 
-    def _window(self) -> dict[str, Any] | None:
-        if not self._rows:
-            return None
+    def _window(self) -> dict[str, Any]:
         table = torch.stack(self._rows).cpu()
         weights = []
         for k, (i, coordinates, frequency) in enumerate(self._watched):

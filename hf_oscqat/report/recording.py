@@ -71,7 +71,7 @@ class WatchedWeight:
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive steps, up to a recording, in which some weights were watched.
+    """Steps in a row, up to a recording, in which some weights were watched.
 
     Attributes:
         first: the first of the steps.
@@ -90,6 +90,8 @@ class Recording:
         name: of the run's folder.
         about: what else was known of the run, in words: `model`, `scheme`, ..
         total_steps: optimizer steps of the whole training.
+        momentum: of the tracker; its frequencies are averages over some 1 / momentum steps.
+        oscillating_above: frequency above which a weight counts as oscillating.
         layers: in the order of definition.
         batchnorm_layers: (name, name of the layer before it or None) of each batch-norm layer.
         steps: int `[T]`, the steps at which it was recorded.
@@ -99,7 +101,7 @@ class Recording:
         input_scale: `[T, L]`; NaN where inputs stay float.
         distances: int `[T, L, BINS]`, sampled weights by their distance to the nearest grid point, -0.5 to 0.5.
         sampled_ints: int `[T, S]`, integers of the sampled weights, layer after layer.
-        windows: one for each of `steps`, or None where nothing had oscillated.
+        windows: for each of `steps` that which ended there, or None.
         batchnorm: by step, `(before, after)`, each `[number of batchnorm_layers]`; see `Recorder.batchnorm`.
         log: by step, what was logged.
     """
@@ -107,6 +109,8 @@ class Recording:
     name: str
     about: dict[str, str]
     total_steps: int
+    momentum: float
+    oscillating_above: float
     layers: list[RecordedLayer]
     batchnorm_layers: list[tuple[str, str | None]]
     steps: np.ndarray
@@ -234,10 +238,17 @@ def read_recording(run_dir: str | Path) -> Recording:
             f"got {path} of format_version {header.get('format_version')!r}, expected {FORMAT_VERSION}: use the "
             "version of hf_oscqat that recorded it"
         )
+    try:
+        return _assemble(path.parent.resolve().name, header, rows[1:])
+    except (KeyError, TypeError, zlib.error) as error:
+        raise ValueError(f"got {path}, of which a row is not whole ({error!r}), expected a recording") from error
+
+
+def _assemble(name: str, header: Mapping[str, Any], rows: list[dict[str, Any]]) -> Recording:
     # A run that is asked twice to evaluate the same step says so twice; the last word counts.
     steps = {row["step"]: row for row in rows if row["row"] == "step"}
     if not steps:
-        raise ValueError(f"got {path}, in which no step is recorded yet, expected one: wait until training has begun")
+        raise ValueError(f"got run {name}, of which no step is recorded yet, expected one: wait until it has begun")
     ordered = [steps[step] for step in sorted(steps)]
     log: dict[int, dict[str, float]] = {}
     for row in rows:
@@ -248,9 +259,11 @@ def read_recording(run_dir: str | Path) -> Recording:
         return np.array([row[key] for row in ordered], dtype=dtype)
 
     return Recording(
-        name=path.parent.resolve().name,
+        name=name,
         about=header["about"],
         total_steps=header["total_steps"],
+        momentum=header["momentum"],
+        oscillating_above=header["oscillating_above"],
         layers=[RecordedLayer(**layer) for layer in header["layers"]],
         batchnorm_layers=[(name, layer) for name, layer in header["batchnorm_layers"]],
         steps=stack("step", int),

@@ -19,7 +19,8 @@ def make_recording():
         names = [f"blocks.{i // 3}.{i % 3}.conv_{('pw', 'dw', 'pwl')[i % 3]}" for i in range(layers)]
         norms = [name.replace("conv_", "bn_") for name in names]
         header = {
-            "row": "run", "format_version": 1, "total_steps": 200, "every": 10,
+            "row": "run", "format_version": 1, "total_steps": 200, "every": 10, "momentum": 0.02,
+            "oscillating_above": 0.005,
             "about": {"model": "mobilenetv2_050", "scheme": "W4A4", "remedies": "freezing" if freezing else ""},
             "layers": [
                 {"name": n, "shape": s, "bits": 4, "qmin": -8, "qmax": 7} for n, s in zip(names, shapes, strict=True)

@@ -141,6 +141,7 @@ def test_a_folder_without_a_recording_is_refused(tmp_path):
         ("[1]\n{}\n", "line 1 is no row"),
         (json.dumps(HEADER | {"format_version": 99}) + "\n", "format_version 99, expected 1"),
         (json.dumps(HEADER | {"format_version": 1}) + "\n", "no step is recorded yet"),
+        (json.dumps(HEADER | {"format_version": 1}) + '\n{"row":"step","step":1}\n', "a row is not whole"),
     ],
 )
 def test_a_file_that_is_no_recording_is_refused(tmp_path, text, message):
