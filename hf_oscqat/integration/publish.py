@@ -176,7 +176,8 @@ def device_name(device: torch.device) -> str:
     """Name the hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 def commit_of_code() -> str | None:

@@ -1,9 +1,11 @@
 """A disk that is full while something is written: what was there before stays whole."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
+from transformers import AutoModelForImageClassification
 
 from hf_oscqat.hub.inspect import inspect_packed
 from hf_oscqat.integration.checkpoints import what_is_wrong
@@ -42,6 +44,35 @@ def test_packed_checkpoint_that_was_there_stays_whole(folder):
     assert "File too large" in done.stderr or "SafetensorError" in done.stderr, done.stderr[-500:]
     assert contents(folder) == before
     assert inspect_packed(str(folder)).rows
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 500 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(place)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a file system takes rights that this process does not have")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_packed_checkpoint_on_a_full_disk_stays_whole(small_disk, digits_folder):
+    model = AutoModelForImageClassification.from_pretrained(digits_folder)
+    model.save_pretrained(small_disk / "packed")
+    before = contents(small_disk)
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 20_000))
+    with pytest.raises(Exception, match="No space left on device"):
+        model.save_pretrained(small_disk / "packed")
+    (small_disk / "ballast").unlink()
+    assert contents(small_disk) == before
+    assert inspect_packed(str(small_disk / "packed")).rows
+    model.save_pretrained(small_disk / "packed")
 
 
 TRAINING = """
