@@ -197,19 +197,22 @@ def watched_paths(recording: Recording, i: int, count: int = 4) -> Figure | None
 
 @_styled
 def sampled_paths(recording: Recording, *, last_step: int, count: int = 5) -> Figure | None:
-    """Draw, over all of training, the sampled weights of which the integer differs most often between recordings."""
+    """Draw, over all of training, the sampled weights of which the integer turned back most often."""
     ints = recording.sampled_ints
     if len(ints) < 3:
         return None
-    moves = (np.diff(ints, axis=0) != 0).sum(0)
-    chosen = [int(j) for j in np.argsort(-moves, kind="stable")[:count] if moves[j] > 0]
+    turns, direction = (np.zeros(ints.shape[1], dtype=int) for _ in range(2))
+    for move in np.sign(np.diff(ints, axis=0)):
+        turns += move * direction < 0
+        direction = np.where(move != 0, move, direction)
+    chosen = [int(j) for j in np.argsort(-turns, kind="stable")[:count] if turns[j] > 0]
     if not chosen:
         return None
     figure, panels = _panels(0.45 + 0.58 * len(chosen), len(chosen))
     for axes, j in zip(panels, chosen, strict=True):
         axes.step(recording.steps, ints[:, j], where="post", color=OSCILLATING, linewidth=1.1)
         layer, index = recording.sampled_weight(j)
-        _name_panel(axes, f"{layer} {index}, {moves[j]} changes between recordings")
+        _name_panel(axes, f"{layer} {index}, turned back {turns[j]} times")
         _integer_axis(axes, ints[:, j])
     panels[-1].set(xlabel="optimizer step", xlim=(0, last_step))
     figure.supylabel("integer")

@@ -219,7 +219,7 @@ def _sections(recordings: Sequence[Recording], labels: list[str], steps: Sequenc
                 each(
                     lambda r: charts.sampled_paths(r, last_step=last_step),
                     "sampled",
-                    lambda r: "Over all of training: the sampled weights of which the integer changed most often.",
+                    lambda r: "Over all of training, as recorded: the sampled weights that turned back most often.",
                 ),
             ],
         ),
@@ -324,7 +324,9 @@ def _windows(
     """A row of charts for each of the last two chosen steps: the window that ended nearest to it."""
     of_runs = []
     for recording, those in zip(recordings, chosen, strict=True):
-        ended = np.array([i for i, window in enumerate(recording.windows) if window is not None])
+        lengths = np.array([0 if window is None else len(window.weights[0].ints) for window in recording.windows])
+        # The last one ends with training, however short it is by then.
+        ended = np.flatnonzero((lengths > 0) & (lengths >= lengths.max() / 2))
         nearest = [
             int(ended[np.abs(recording.steps[ended] - recording.steps[i]).argmin()]) for i in those if ended.size
         ]
