@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from hf_oscqat.quantization.packed import PackedLayer, quantizer_tensors
 
 FORMAT_VERSION = 1
 METADATA_KEY = "oscqat"
+WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+"""Names of the files that hold a checkpoint's weights, or say which ones do."""
 DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32}
 
 

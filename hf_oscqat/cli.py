@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, commands = _parser()
     args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for client in ("httpx", "httpx2"):  # it would log each request, with addresses that are signed
+        logging.getLogger(client).setLevel(logging.WARNING)
     if rest and args.command != "study":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -38,9 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         register()
         return _study(args.name, rest) if args.command == "study" else commands[args.command](args)
-    except ValueError as error:
-        # Bad input: the message is for the user, the traceback is not.
-        logging.getLogger(__name__).debug("", exc_info=True)
+    except Exception as error:
+        # Bad input: the message is for the user, the traceback is not. A status of 1 would say that `evaluate` has
+        # measured something else, so whatever else goes wrong there ends in 2 as well.
+        expected = isinstance(error, ValueError)
+        if not expected and args.command != "evaluate":
+            raise
+        logging.getLogger(__name__).log(logging.DEBUG if expected else logging.ERROR, "", exc_info=True)
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
 
@@ -154,10 +160,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Nam
 
 def _evaluate(args: argparse.Namespace) -> int:
     from hf_oscqat.hub.card import METRICS
+    from hf_oscqat.hub.push import check_push
     from hf_oscqat.integration import verify
 
     if args.open_pr:
-        verify.check_proposable(folder=Path(args.source).is_dir(), subset=args.max_samples is not None)
+        folder, subset, other = Path(args.source).is_dir(), args.max_samples is not None, args.dataset is not None
+        verify.check_proposable(folder=folder, subset=subset, other_data=other)
+        check_push(args.source, create_pr=True)
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"got --json {args.json}, expected a file in a folder that exists")
     result = verify.verify(
         args.source,
         revision=args.revision,
@@ -192,13 +203,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    record = json.dumps(result.to_dict(), indent=4)
+    if args.json:
+        Path(args.json).write_text(record + "\n", encoding="utf-8")
     if args.open_pr:
         pushed = verify.propose_results(result)
         said = "the card has these values already" if pushed is None else f"pull request: {pushed.url}"
         console.print(said, highlight=False, soft_wrap=True)
-    record = json.dumps(result.to_dict(), indent=4)
-    if args.json:
-        Path(args.json).write_text(record + "\n", encoding="utf-8")
     console.out(f"--result\n{record}", highlight=False)
     return 0 if result.reproduced else 1
 

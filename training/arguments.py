@@ -8,7 +8,6 @@ others. A key that nothing reads is an error.
 import json
 import os
 import re
-import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -24,6 +23,7 @@ from transformers import HfArgumentParser
 from hf_oscqat import OscQATConfig, OscQATTrainingArguments
 from hf_oscqat.config import check_keys
 from hf_oscqat.integration.data import DataArguments
+from hf_oscqat.integration.publish import command_line
 
 USAGE = """usage: accelerate launch training/run_qat.py [RECIPE.yaml ..] [--KEY VALUE ..] [--quantization.KEY VALUE ..]
 
@@ -176,20 +176,9 @@ def parse(argv: list[str]) -> Settings:
         )
     for secret in SECRETS:
         recipe.pop(secret, None)
-    return Settings(model, data, run, training, config, recipe, _command(argv))
-
-
-def _command(argv: list[str]) -> str:
-    """The command line for card and results, without its secrets."""
-    shown = list(argv)
-    for i, token in enumerate(argv):
-        name, _, value = token.removeprefix("--").replace("-", "_").partition("=")
-        if token.startswith("--") and name in SECRETS:
-            if value:
-                shown[i] = f"--{name}=***"
-            elif i + 1 < len(argv):
-                shown[i + 1] = "***"
-    return shlex.join(["training/run_qat.py", *shown])
+    return Settings(
+        model, data, run, training, config, recipe, command_line(["training/run_qat.py", *argv], flat.get("hub_token"))
+    )
 
 
 def _launched_processes() -> int:

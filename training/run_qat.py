@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
@@ -42,6 +43,7 @@ from hf_oscqat.integration.data import (
     collate,
     load_image_data,
     loading_speed,
+    pin_dataset,
     randomness_of,
     resolve_data_config,
 )
@@ -91,21 +93,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     settings = parse(sys.argv[1:] if argv is None else argv)
     training, run = settings.training, settings.run
     logging.basicConfig(level=logging.INFO if training.process_index == 0 else logging.ERROR, format="%(message)s")
+    for client in ("httpx", "httpx2"):  # it would log each request, with addresses that are signed
+        logging.getLogger(client).setLevel(logging.WARNING)
     set_seed(training.seed)
     output_dir = Path(training.output_dir)
 
-    if not run.eval_only:
-        _provenance(settings)
-        if training.push_to_hub and training.process_index == 0:
-            check_push(_hub_id(settings), token=training.hub_token)
+    origin = None if run.eval_only else _ask_the_hub(settings)
     data = load_image_data(settings.data, seed=training.seed, need_train=not run.eval_only)
-    if run.eval_only:
+    if origin is None:
         return _evaluate_only(settings, data)
     with _lock(output_dir) if training.should_save else nullcontext():
-        return _run(settings, data)
+        return _run(settings, data, origin)
 
 
-def _run(settings: Settings, data: ImageData) -> dict[str, Any]:
+def _run(settings: Settings, data: ImageData, origin: "Origin") -> dict[str, Any]:
     """Train and publish, or continue to, or show what was found if that has been done."""
     training, run = settings.training, settings.run
     output_dir = Path(training.output_dir)
@@ -165,13 +166,13 @@ def _run(settings: Settings, data: ImageData) -> dict[str, Any]:
     if not difference <= 1e-5:
         raise RuntimeError(f"the packed model differs from the trained one by {difference:.1e} of the largest logit")
     evaluations["packed"] = _evaluate(loaded, data.validation, training)
-    results = _results(settings, data, trainer, evaluations, difference, outcome.metrics, data_speed)
+    results = _results(settings, data, trainer, evaluations, difference, outcome.metrics, data_speed, origin)
     if training.should_save:
         before = json.loads((output_dir / BEFORE).read_text(encoding="utf-8"))
         write_companions(
             beside,
             results,
-            recipe=json.loads(json.dumps(settings.recipe)),
+            recipe=_recipe_for_others(settings),
             log_history=trainer.state.log_history,
             distances=(before, distance_histogram(model).to_dict()),
         )
@@ -191,7 +192,7 @@ def _push(settings: Settings) -> None:
         Path(training.output_dir, "packed"),
         _hub_id(settings),
         token=training.hub_token,
-        private=training.hub_private_repo,
+        private=training.hub_private_repo or None,
         revision=training.hub_revision,
         license=settings.run.model_license,
     )
@@ -443,11 +444,11 @@ def _results(
     difference: float,
     metrics: dict[str, float],
     data_speed: float,
+    origin: "Origin",
 ) -> dict[str, Any]:
     """Collect what card and table show; `results.json` holds the same."""
     training, model = settings.training, trainer.model
     pretrained_cfg = model.config.pretrained_cfg
-    base_model, license = _provenance(settings)
     oscillation = oscillation_facts(trainer.state.log_history)
     results = {
         "model": {
@@ -455,8 +456,9 @@ def _results(
             "path": str(Path(training.output_dir, "packed")),
             "architecture": model.config.architecture,
             "origin": _origin(settings),
-            "base_model": base_model,
-            "license": license,
+            "base_model": origin.base_model,
+            "license": origin.license,
+            "license_inherited": settings.run.model_license is None,
         },
         "scheme": scheme_facts(trainer.oscqat_config),
         "data": {
@@ -488,14 +490,59 @@ def _results(
     return json.loads(json.dumps(results))
 
 
-def _provenance(settings: Settings) -> tuple[str | None, str]:
-    """Base model and licence; see `provenance`."""
-    return provenance(
-        settings.model.model_name_or_path,
-        pretrained=settings.model.pretrained,
-        license=settings.run.model_license,
-        token=settings.training.hub_token,
-    )
+@dataclass(frozen=True)
+class Origin:
+    """Where the float model comes from; see `provenance`."""
+
+    base_model: str | None
+    license: str
+
+
+def _ask_the_hub(settings: Settings) -> Origin:
+    """Ask once, before anything is computed, what a run has to know from the Hub; all processes get the same answers.
+
+    Sets the commit of the dataset in the settings; a run that continues keeps the one it began with.
+
+    Raises:
+        ValueError: if there is no licence, or a push that was asked for will not be possible.
+    """
+    training, data = settings.training, settings.data
+    answers: list[Any] = [None, None]
+    if training.process_index == 0:
+        answers[0] = provenance(
+            settings.model.model_name_or_path,
+            pretrained=settings.model.pretrained,
+            license=settings.run.model_license,
+            token=training.hub_token,
+        )
+        if training.push_to_hub:
+            check_push(_hub_id(settings), token=training.hub_token, private=training.hub_private_repo or None)
+        answers[1] = _dataset_commit(settings)
+    broadcast_object_list(answers)
+    if answers[1] != data.dataset_revision:
+        data.dataset_revision = settings.recipe["dataset_revision"] = answers[1]
+    return Origin(*answers[0])
+
+
+def _dataset_commit(settings: Settings) -> str | None:
+    """Return the commit of a dataset of the Hub that this run, or the one it continues, is about."""
+    name, asked = settings.data.dataset_name, settings.data.dataset_revision
+    if name is None or name == "digits" or Path(name).exists():
+        return asked
+    before = Path(settings.training.output_dir, RECIPE)
+    if asked is None and before.is_file():
+        begun = yaml.safe_load(before.read_text(encoding="utf-8")) or {}
+        if begun.get("dataset_name") == name:
+            return begun.get("dataset_revision")
+    return pin_dataset(name, asked)
+
+
+def _recipe_for_others(settings: Settings) -> dict[str, Any]:
+    """Return the recipe as anyone can run it: without where this run wrote and pushed."""
+    recipe = json.loads(json.dumps(settings.recipe))
+    for key in [key for key in recipe if key == "push_to_hub" or key.startswith("hub_")]:
+        del recipe[key]
+    return recipe | {"output_dir": f"runs/{Path(settings.training.output_dir).name}"}
 
 
 def show(results: dict[str, Any], console: Console | None = None) -> None:

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 TEMPLATE = "model_card.md.jinja"
 CARD, RESULTS, RECIPE, EVAL_RESULTS = "README.md", "results.json", "recipe.yaml", ".eval_results"
 TASK = "image-classification"
+OURS = "hf_oscqat: "
+"""What the notes of our entries in `.eval_results/` begin with."""
 METRICS = {"accuracy": ("accuracy", "Top-1 accuracy"), "top_5_accuracy": ("top5_accuracy", "Top-5 accuracy")}
 """Metric in the card's metadata: (its name in `results.json`, the same for people)."""
 FACTS = ("library_name", "pipeline_tag", "base_model", "base_model_relation")
@@ -41,7 +43,10 @@ LICENSES = frozenset(
 )
 """Identifiers that the Hub knows; any other licence is `other` with a `license_name`."""
 
-_MARKS = re.compile(r"\n*<!-- made by oscqat (\{.*\}) -->\s*$")
+LICENSE_KEYS = ("license", "license_name", "license_link")
+"""Metadata that make sense together only."""
+
+_MARKS = re.compile(r"\n*<!-- made by oscqat (\{.*\}) -->[ \t]*\n?")
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)(.*)\Z", re.DOTALL)
 _HEADING = re.compile(r"^##[ \t]+(.+?)[ \t]*$")
 
@@ -89,7 +94,7 @@ def render_card(results: Mapping[str, Any]) -> str:
     metadata = _read_yaml(_metadata(results).to_yaml(), "the metadata of a new card")
     sections = _split(re.sub(r"\n{3,}", "\n\n", body))
     marks = _Marks(
-        metadata={key: _digest(value) for key, value in metadata.items() if key != "model-index"},
+        metadata={key: _digests(value) for key, value in metadata.items() if key != "model-index"},
         results=[_digest(entry) for entry in _entries(metadata)],
         sections={heading: _digest(text) for heading, text in sections.items()},
     )
@@ -100,8 +105,9 @@ def update_card(theirs: str, ours: str, place: str = "the card that is there") -
     """Put a card in the place of another one, and keep what people have written in that.
 
     - A section or an entry of the metadata that a person has edited or added stays as it is, and one that a person
-      has removed stays away. Lists such as tags are united.
-    - Where both were edited, ours is taken; the history of the repository has the other.
+      has removed stays away. Of lists such as tags, that holds for each item.
+    - Where a person has edited ours too, as in the folder of the checkpoint, that is taken if the other was not edited
+      since it was last written from here. Otherwise theirs stays, and the log says so.
     - Results of the same dataset and metric are replaced, others that people have added stay.
 
     Args:
@@ -110,7 +116,7 @@ def update_card(theirs: str, ours: str, place: str = "the card that is there") -
         place: where the first one is, for messages.
 
     Raises:
-        CardError: if a front matter is no YAML.
+        CardError: if a front matter is no YAML, or holds results of another form.
     """
     old, new = _parse(theirs, place), _parse(ours, "the new card")
     metadata = _merge_metadata(old, new)
@@ -121,7 +127,10 @@ def update_card(theirs: str, ours: str, place: str = "the card that is there") -
             place,
             ", ".join(kept),
         )
-    return str(_Card(metadata, sections, new.marks))
+    written = {heading: _digest(text) for heading, text in sections.items()}
+    generated = new.marks.sections
+    marks = replace(new.marks, written={h: d for h, d in written.items() if generated.get(h, d) != d})
+    return str(_Card(metadata, sections, marks))
 
 
 def read_metadata(card: str, place: str) -> dict[str, Any]:
@@ -169,15 +178,72 @@ def eval_results_file(results: Mapping[str, Any]) -> tuple[str, str] | None:
     data, measured = results["data"], results["accuracy"]["packed"]
     if not measured or not data or not data["dataset_id"] or not data["evaluation"]:
         return None
-    dataset = {"id": data["dataset_id"], "task_id": data["config"] or "default"}
-    if data["revision"]:
-        dataset["revision"] = data["revision"]
-    entry = {"dataset": dataset, "value": round(100 * measured["accuracy"], 4)}
-    if results["run"]:
-        entry["date"] = results["run"]["date"]
-    entry["notes"] = f"top-1 accuracy in percent, split {data['split']}; {results['scheme']['name']}, simulated"
-    name = data["dataset_id"].rpartition("/")[2]
-    return f"{EVAL_RESULTS}/{name}.yaml", yaml.safe_dump([entry], sort_keys=False)
+    value, day = measured["accuracy"], results["run"]["date"] if results["run"] else None
+    notes = f"{OURS}top-1 accuracy in percent, split {data['split']}, of {results['scheme']['name']}, simulated"
+    return eval_results_entry(data["dataset_id"], data["config"], data["revision"], value, day, notes)
+
+
+def eval_results_entry(
+    dataset_id: str, config: str | None, revision: str | None, accuracy: float, day: str | None, notes: str
+) -> tuple[str, str]:
+    """Return path and content of a file in `.eval_results/` with one value.
+
+    Args:
+        dataset_id: of a dataset of the Hub.
+        config: its configuration, which is taken for the task.
+        revision: its commit.
+        accuracy: top-1, in [0, 1].
+        day: when it was measured.
+        notes: how.
+    """
+    dataset = {"id": dataset_id, "task_id": config or "default"} | ({"revision": revision} if revision else {})
+    entry = {"dataset": dataset, "value": round(100 * accuracy, 4)} | ({"date": day} if day else {}) | {"notes": notes}
+    return f"{EVAL_RESULTS}/{dataset_id.replace('/', '--')}.yaml", yaml.safe_dump([entry], sort_keys=False)
+
+
+def merge_eval_results(theirs: str, ours: str) -> str:
+    """Put our entries into a file of `.eval_results/`, in place of those from here for the same dataset and task.
+
+    Entries that people have made stay, also where they are about the same. One from here that has the same value
+    stays as it is, with its date.
+
+    Args:
+        theirs: content of the file there; "" for none.
+        ours: content of our file; "" takes away what was from here.
+
+    Raises:
+        CardError: if the file there is no list of entries.
+    """
+    entries, new = _read_entries(theirs), _read_entries(ours)
+    if not new and not any(_is_ours(entry) for entry in entries):
+        return theirs
+    kept = [entry for entry in entries if not _is_ours(entry)]
+    for entry in new:
+        same = [old for old in entries if _is_ours(old) and _about(old) == _about(entry)]
+        kept.append(same[0] if same and same[0].get("value") == entry["value"] else entry)
+    if kept == entries:
+        return theirs
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True) if kept else ""
+
+
+def _read_entries(text: str) -> list[dict[str, Any]]:
+    try:
+        entries = yaml.safe_load(text) or []
+    except yaml.YAMLError as error:
+        raise CardError(f"got a file of {EVAL_RESULTS} that is no YAML ({error}); mend or remove it") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise CardError(f"got a file of {EVAL_RESULTS} that is no list of entries; mend or remove it")
+    return entries
+
+
+def _is_ours(entry: Mapping[str, Any]) -> bool:
+    return str(entry.get("notes", "")).startswith(OURS)
+
+
+def _about(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    dataset = entry.get("dataset")
+    dataset = dataset if isinstance(dataset, Mapping) else {}
+    return dataset.get("id"), dataset.get("task_id"), dataset.get("revision")
 
 
 def card_of(folder: Path, *, license: str | None = None, repo_id: str | None = None) -> str:
@@ -202,7 +268,9 @@ def card_of(folder: Path, *, license: str | None = None, repo_id: str | None = N
         return text
     if repo_id is not None:
         results["model"] |= {"name": repo_id.rpartition("/")[2], "path": repo_id}
-    results["model"]["license"] = license or results["model"]["license"]
+    results["model"].setdefault("license_inherited", False)  # not said by the first version
+    if license is not None:
+        results["model"] |= {"license": license, "license_inherited": False}
     try:
         text = render_card(results)
     except (UndefinedError, KeyError, TypeError) as error:
@@ -251,11 +319,19 @@ def read_results(folder: Path) -> dict[str, Any] | None:
 
 @dataclass
 class _Marks:
-    """Digests of what was generated; empty for a card that was not."""
+    """Digests of what was generated; empty for a card that was not.
 
-    metadata: dict[str, str] = field(default_factory=dict)
+    Attributes:
+        metadata: of each value by key, item by item for a list.
+        results: of each result and metric.
+        sections: by heading.
+        written: by heading, of what was written in place of what was generated, because a person had edited it.
+    """
+
+    metadata: dict[str, list[str]] = field(default_factory=dict)
     results: list[str] = field(default_factory=list)
     sections: dict[str, str] = field(default_factory=dict)
+    written: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -281,15 +357,16 @@ def _parse(text: str, place: str) -> _Card:
     match = _FRONT_MATTER.match(text)
     front, body = match.groups() if match else ("", text)
     metadata = _read_yaml(front, place)
-    found = _MARKS.search(body)
+    body = body.replace("\r\n", "\n")
     marks = _Marks()
-    if found:
+    # People write behind the comment too; what stands there belongs to the last section, or begins a new one.
+    for found in _MARKS.finditer(body):
         try:
             marks = _Marks(**json.loads(found[1]))
-            body = body[: found.start()]
         except (ValueError, TypeError):
             logger.warning("the comment of oscqat at the end of %s was changed: all of it is taken for edited", place)
-    return _Card(metadata, _split(body.replace("\r\n", "\n")), marks)
+    _entries(metadata, place)
+    return _Card(metadata, _split(_MARKS.sub("\n", body)), marks)
 
 
 def _read_yaml(text: str, place: str) -> dict[str, Any]:
@@ -329,9 +406,10 @@ def _merge_sections(old: _Card, new: _Card) -> tuple[list[str], dict[str, str]]:
         if heading not in old.sections:
             if heading not in old.marks.sections or new.edited(heading):
                 merged[heading] = text
-        elif old.edited(heading) and not new.edited(heading) and old.sections[heading]:
+        elif old.edited(heading) and old.sections[heading] and not _is_newer(heading, old, new):
             merged[heading] = old.sections[heading]
-            kept.append(heading or "the introduction")
+            if merged[heading] != text:
+                kept.append(heading or "the introduction")
         else:
             merged[heading] = text
     previous = ""
@@ -347,19 +425,37 @@ def _merge_sections(old: _Card, new: _Card) -> tuple[list[str], dict[str, str]]:
     return kept, merged
 
 
+def _is_newer(heading: str, old: _Card, new: _Card) -> bool:
+    """Whether a person has edited ours, and nobody theirs since it was written from here."""
+    untouched = old.marks.written.get(heading, old.marks.sections.get(heading)) == _digest(old.sections[heading])
+    return new.edited(heading) and untouched
+
+
 def _merge_metadata(old: _Card, new: _Card) -> dict[str, Any]:
     merged = dict(new.metadata)
-    for key, value in old.metadata.items():
-        if key == "model-index":
+    before = old.marks.metadata
+    licensed = any(key in old.metadata and before.get(key) != _digests(old.metadata[key]) for key in LICENSE_KEYS)
+    for key in {**old.metadata, **before}:
+        theirs, ours = old.metadata.get(key), merged.get(key)
+        if key in ("model-index", *FACTS, *LICENSE_KEYS) or before.get(key) == _digests(theirs):
             continue
-        edited = old.marks.metadata.get(key) != _digest(value)
-        ours_edited = new.marks.metadata.get(key) != _digest(merged.get(key))
-        if not edited or key in FACTS or (key in merged and ours_edited and not isinstance(value, list)):
-            continue
-        if isinstance(value, list) and isinstance(merged.get(key), list):
-            merged[key] = [*merged[key], *(item for item in value if item not in merged[key])]
+        if isinstance(theirs, list) and isinstance(ours, list):
+            there = [_digest(item) for item in theirs]
+            removed = set(before.get(key, ())) - set(there)
+            merged[key] = [item for item in ours if _digest(item) not in removed]
+            generated = {*before.get(key, ()), *map(_digest, ours)}
+            merged[key] += [item for item, digest in zip(theirs, there, strict=True) if digest not in generated]
+        elif key not in old.metadata:  # a person has removed it
+            merged.pop(key, None)
         else:
-            merged[key] = value
+            if key in merged and ours != theirs and new.marks.metadata.get(key) != _digests(ours):
+                logger.warning("kept %s: %r, which people have written, and not %r", key, theirs, ours)
+            merged[key] = theirs
+    if licensed:
+        for key in LICENSE_KEYS:
+            merged.pop(key, None)
+            if key in old.metadata:
+                merged[key] = old.metadata[key]
     replaced = {_identity(entry) for entry in _entries(new.metadata)}
     kept = [
         entry
@@ -372,12 +468,24 @@ def _merge_metadata(old: _Card, new: _Card) -> dict[str, Any]:
     return merged
 
 
-def _entries(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the results of a card, one for each metric."""
+def _entries(metadata: Mapping[str, Any], place: str = "a card") -> list[dict[str, Any]]:
+    """Return the results of a card, one for each metric.
+
+    Raises:
+        CardError: if they have another form than the Hub's.
+    """
     found: list[dict[str, Any]] = []
-    for model in metadata.get("model-index") or []:
-        for result in model.get("results") or []:
-            found += [{**result, "metrics": [metric]} for metric in result.get("metrics") or []]
+    try:
+        for model in metadata.get("model-index") or []:
+            for result in model.get("results") or []:
+                found += [{**result, "metrics": [metric]} for metric in result.get("metrics") or []]
+        for entry in found:
+            _identity(entry)
+    except (AttributeError, TypeError) as error:
+        raise CardError(
+            f"got a model-index in the metadata of {place} that cannot be read ({error}), expected a list of models "
+            "with results, each with task, dataset and metrics. Mend or remove it, then do this again"
+        ) from error
     return found
 
 
@@ -387,6 +495,10 @@ def _identity(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     metric = entry["metrics"][0]
     task = (entry.get("task") or {}).get("type")
     return task, dataset.get("type"), dataset.get("config"), dataset.get("split"), metric.get("type")
+
+
+def _digests(value: Any) -> list[str]:
+    return [_digest(item) for item in value] if isinstance(value, list) else [_digest(value)]
 
 
 def _digest(value: Any) -> str:

@@ -1,6 +1,7 @@
 """What the Hub's errors mean, and which of them pass by themselves."""
 
 import logging
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -38,6 +40,8 @@ def is_passing(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
         return status in PASSING
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
     # The client wraps what broke a download or an upload in an error of its own.
     if isinstance(error, LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
         return is_passing(error.__cause__)
@@ -69,7 +73,8 @@ def wait(attempt: int, what: str, error: BaseException) -> None:
         what: for messages.
         error: of the last one.
     """
-    seconds = FIRST_WAIT * 2 ** (attempt - 1)
+    # Not to the second: two that met once would meet again. And not from the generator that a run has seeded.
+    seconds = FIRST_WAIT * 2 ** (attempt - 1) * random.SystemRandom().uniform(0.75, 1.25)
     logger.warning("%s failed (%s); trying again in %.1f s", what, _first_line(error), seconds)
     time.sleep(seconds)
 
@@ -92,7 +97,7 @@ def explained(repo_id: str, doing: str, endpoint: str) -> Iterator[None]:
         raise
     except (HfHubHTTPError, LocalTokenNotFoundError, HFValidationError, EntryNotFoundError, OSError) as error:
         if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError | LocalTokenNotFoundError):
-            if not is_passing(error) and not isinstance(error, LocalEntryNotFoundError):
+            if not is_passing(error) and not isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
                 raise
         raise HubError(f"{doing} {repo_id}: {_meaning(error, repo_id, endpoint)}") from error
     except (httpx.TransportError, RuntimeError) as error:
@@ -105,6 +110,8 @@ def _meaning(error: BaseException, repo_id: str, endpoint: str) -> str:
     status, line = _status(error), _first_line(error)
     if isinstance(error, GatedRepoError):
         return f"it is gated; ask for access on {endpoint}/{repo_id}, then use a token of the account that was let in"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, and this needs the Hub: unset it"
     if isinstance(error, LocalTokenNotFoundError):
         return "got no token, expected one: run `hf auth login`, or set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):

@@ -9,9 +9,8 @@ import hashlib
 import json
 import logging
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,26 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from hf_oscqat.hub.card import CARD, EVAL_RESULTS, card_of, read_metadata, update_card
+from hf_oscqat.checkpoint import WEIGHT_FILE
+from hf_oscqat.hub.card import (
+    CARD,
+    EVAL_RESULTS,
+    RECIPE,
+    RESULTS,
+    card_of,
+    merge_eval_results,
+    read_metadata,
+    update_card,
+)
 from hf_oscqat.hub.client import TRIES, HubError, explained, is_passing, patiently, wait
 from hf_oscqat.hub.safetensors_file import LocalFile, read_header
 
 logger = logging.getLogger(__name__)
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy")
-"""Endings of files that may hold a pickle; training arguments and optimizers among them."""
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-"""Files that go where the new checkpoint has none of that name: parts of two checkpoints are no checkpoint."""
+ENDINGS = frozenset("csv html jpeg jpg json jsonl md png py safetensors svg txt yaml yml".split())
+"""Endings of files that are pushed; none of them is a pickle's, and files without an ending are text of some kind."""
+GENERATED = frozenset((RESULTS, RECIPE, "oscillation.png", "distances.png"))
+"""Files about the weights: they go with them."""
 CONFLICTS = (409, 412)
 """HTTP statuses of a commit whose parent is no longer the newest."""
 
@@ -48,13 +57,21 @@ class Pushed:
     changed: tuple[str, ...]
 
 
-def check_push(repo_id: str, *, token: str | None = None, create_pr: bool = False, api: HfApi | None = None) -> str:
+def check_push(
+    repo_id: str,
+    *,
+    token: str | None = None,
+    create_pr: bool = False,
+    private: bool | None = None,
+    api: HfApi | None = None,
+) -> str:
     """Find out whether a push will be possible, before training for it.
 
     Args:
         repo_id: `org/name`, or `name` for the token's own account.
         token: None takes the stored one, or HF_TOKEN.
         create_pr: whether a pull request will be opened, for which a token of any kind will do.
+        private: what the repository has to be; None takes it as it is.
         api: the client; None makes one.
 
     Returns:
@@ -74,8 +91,14 @@ def check_push(repo_id: str, *, token: str | None = None, create_pr: bool = Fals
         except RepositoryNotFoundError:
             exists = False
         if exists:
-            head = patiently(lambda: api.repo_info(repo_id), f"reading {repo_id}").sha
-            _read_card(api, repo_id, head)
+            info = patiently(lambda: api.repo_info(repo_id), f"reading {repo_id}")
+            if private is not None and bool(info.private) != private and not create_pr:
+                is_private = "is private" if info.private else "is public"
+                raise HubError(
+                    f"got private={private} for {repo_id}, which exists and {is_private}; expected the same: change "
+                    "it in the settings of the repository, or take another name"
+                )
+            _read_card(api, repo_id, info.sha)
         elif create_pr:
             raise HubError(f"got {repo_id}, which does not exist, expected a repository to open a pull request in")
         else:
@@ -120,7 +143,7 @@ def push_folder(
     api = HfApi(token=token)
     folder = Path(folder)
     paths = files_to_push(folder)
-    repo_id = check_push(repo_id, token=token, create_pr=create_pr, api=api)
+    repo_id = check_push(repo_id, token=token, create_pr=create_pr, private=private, api=api)
     ours = card_of(folder, license=license, repo_id=repo_id)
     contents: dict[str, Path | bytes] = dict(paths)
     title = message or f"{repo_id.rpartition('/')[2]}: packed checkpoint of hf_oscqat"
@@ -135,8 +158,10 @@ def push_folder(
         def changes(head: str) -> dict[str, bytes | Path | None]:
             theirs = _read_card(api, repo_id, head)
             text = ours if theirs is None else update_card(theirs, ours, f"the card of {repo_id}")
-            wanted = {**contents, CARD: text.encode()}
-            return differences(api, repo_id, head, wanted, replaced=WEIGHTS)
+            there = digests_there(api, repo_id, head)
+            wanted = {**contents, CARD: text.encode(), **_eval_results(api, repo_id, head, there, contents)}
+            replaced = {path for path in there if WEIGHT_FILE.fullmatch(path) or path in GENERATED}
+            return differences(there, wanted | dict.fromkeys(replaced - wanted.keys()))
 
         return commit(api, repo_id, changes, title, revision=revision, create_pr=create_pr)
 
@@ -192,10 +217,7 @@ def commit(
             conflict = isinstance(error, HfHubHTTPError) and error.response.status_code in CONFLICTS
             if attempt == TRIES or not (conflict or is_passing(error)):
                 raise
-            if conflict:
-                logger.warning("somebody else has committed to %s meanwhile; reading it again", repo_id)
-            else:
-                wait(attempt, f"the commit to {repo_id}", error)
+            wait(attempt, f"the commit to {repo_id}", error)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -223,10 +245,15 @@ def files_to_push(folder: Path) -> dict[str, Path]:
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or name == CARD:
             continue
-        if name.startswith(".") and not name.startswith(f"{EVAL_RESULTS}/"):
+        listed = name.startswith(f"{EVAL_RESULTS}/") and path.suffix in (".yaml", ".yml")
+        if any(part.startswith(".") for part in name.split("/")) and not listed:
             logger.info("not pushed: %s, which is hidden", name)
         elif is_pickle(path):
             logger.warning("not pushed: %s, which is a pickle and could run anything on whoever loads it", name)
+        elif path.suffix.removeprefix(".").lower() not in ENDINGS and path.suffix:
+            logger.warning("not pushed: %s, which is no kind of file that belongs to a checkpoint", name)
+        elif not path.resolve().is_relative_to(folder.resolve()):
+            logger.warning("not pushed: %s, a link that leads out of the folder", name)
         else:
             found[name] = path
     weights = [path for name, path in found.items() if name.endswith(".safetensors")]
@@ -238,11 +265,9 @@ def files_to_push(folder: Path) -> dict[str, Path]:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is a pickle, by its ending or by how it begins; nothing in it is executed."""
+    """Whether a file is a pickle of protocol 2 or newer, or holds one as torch writes it; nothing is executed."""
     if path.suffix == ".safetensors":
         return False
-    if path.suffix in PICKLES:
-        return True
     with path.open("rb") as stream:
         start = stream.read(2)
     if zipfile.is_zipfile(path):
@@ -283,38 +308,67 @@ def _read_card(api: HfApi, repo_id: str, commit: str | None) -> str | None:
     listed = patiently(lambda: api.get_paths_info(repo_id, [CARD], revision=commit), f"reading {repo_id}")
     if not listed:
         return None
-    path = patiently(lambda: api.hf_hub_download(repo_id, CARD, revision=commit), f"reading the card of {repo_id}")
-    text = Path(path).read_text(encoding="utf-8")
+    text = read_file(api, repo_id, CARD, str(commit))
     read_metadata(text, f"the card of {repo_id}")
     return text
 
 
-def differences(
-    api: HfApi, repo_id: str, commit: str, wanted: Mapping[str, Path | bytes], *, replaced: Sequence[str] = ()
-) -> dict[str, Path | bytes | None]:
-    """Return what of the wanted files a commit does not have, by path; None for a file that must go.
+def digests_there(api: HfApi, repo_id: str, commit: str) -> dict[str, str]:
+    """Return the digest of each file of a commit: sha256 where git keeps a pointer only, else what git calls it.
 
     Args:
         api: the client.
         repo_id: of the repository.
-        commit: to compare with.
-        wanted: contents by path.
-        replaced: patterns of files that must go where they are not wanted.
+        commit: of which.
     """
 
     def listing() -> dict[str, str]:
-        # sha256 where git keeps a pointer only, else what git itself calls the content.
         tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
-        return {
-            file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in tree if isinstance(file, RepoFile)
-        }
+        files = [entry for entry in tree if isinstance(entry, RepoFile)]
+        return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
 
-    there = patiently(listing, f"reading {repo_id}")
-    changes: dict[str, Path | bytes | None] = {
-        path: content for path, content in wanted.items() if there.get(path) not in _digests(content)
+    return patiently(listing, f"reading {repo_id}")
+
+
+def differences(there: Mapping[str, str], wanted: Mapping[str, Path | bytes | None]) -> dict[str, Path | bytes | None]:
+    """Return what of the wanted contents, None for a file that must go, is not so already.
+
+    Args:
+        there: digests by path.
+        wanted: contents by path.
+    """
+    return {
+        path: content
+        for path, content in wanted.items()
+        if (path in there if content is None else there.get(path) not in _digests(content))
     }
-    stale = [path for path in there if path not in wanted and any(fnmatch(path, pattern) for pattern in replaced)]
-    return changes | dict.fromkeys(stale)
+
+
+def _eval_results(
+    api: HfApi, repo_id: str, commit: str, there: Mapping[str, str], ours: Mapping[str, Path | bytes]
+) -> dict[str, bytes | None]:
+    """Merge our entries of `.eval_results/` into the files there, and take away those of weights that were before."""
+    paths = {path for path in (*there, *ours) if path.startswith(f"{EVAL_RESULTS}/")}
+    merged: dict[str, bytes | None] = {}
+    for path in paths:
+        own = ours.get(path, b"")
+        new = own.decode() if isinstance(own, bytes) else own.read_text(encoding="utf-8")
+        text = merge_eval_results(read_file(api, repo_id, path, commit) if path in there else "", new)
+        merged[path] = text.encode() if text else None
+    return merged
+
+
+def read_file(api: HfApi, repo_id: str, path: str, commit: str) -> str:
+    """Return the text of a file of a commit.
+
+    Args:
+        api: the client.
+        repo_id: of the repository.
+        path: of the file.
+        commit: of which.
+    """
+    local = patiently(lambda: api.hf_hub_download(repo_id, path, revision=commit), f"reading {path} of {repo_id}")
+    return Path(local).read_text(encoding="utf-8")
 
 
 def _digests(content: Path | bytes) -> tuple[str, str]:

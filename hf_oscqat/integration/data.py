@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -447,7 +448,7 @@ def load_image_data(args: DataArguments, seed: int, need_train: bool = True) -> 
     """
     on_hub = args.dataset_name not in (None, "digits") and not Path(str(args.dataset_name)).exists()
     if on_hub:
-        args = replace(args, dataset_revision=_pin(str(args.dataset_name), args.dataset_revision))
+        args = replace(args, dataset_revision=pin_dataset(str(args.dataset_name), args.dataset_revision))
     splits = _find_splits(args)
     validation_name = _choose_validation_split(args, splits)
     wanted = {"validation_split": validation_name}
@@ -493,8 +494,18 @@ def load_image_data(args: DataArguments, seed: int, need_train: bool = True) -> 
     )
 
 
-def _pin(dataset: str, revision: str | None) -> str | None:
-    """Return the commit that a dataset of the Hub is at, so that what was measured on can be found again."""
+def pin_dataset(dataset: str, revision: str | None) -> str | None:
+    """Return the commit that a dataset of the Hub is at, so that what was measured on can be found again.
+
+    Args:
+        dataset: id on the Hub.
+        revision: branch, tag or commit; None is the default branch.
+
+    Returns:
+        The commit; the revision as it is, with a warning, where the Hub does not say.
+    """
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
     try:
         return HfApi().dataset_info(dataset, revision=revision, timeout=30).sha or revision
     except Exception as error:  # `load_dataset` comes next, and says what is wrong if anything is

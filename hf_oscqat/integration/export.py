@@ -119,5 +119,7 @@ def _publish(model: PreTrainedModel, cls: type[PreTrainedModel]) -> None:
     )
     model.config.pretrained_cfg = {k: v for k, v in pretrained_cfg.items() if k != "num_classes"}
     model.config.model_args = model.config.model_args or {}
+    # What it was made from; the card there is that of the float model.
+    model.config.name_or_path = ""
     written_here = {"checkpoint_format": "packed", "format_version": FORMAT_VERSION, "layers": layers_to_dict(model)}
     attach_config(model, OscQATConfig.from_dict(trained.to_dict() | written_here))

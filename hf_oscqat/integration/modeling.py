@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_oscqat.checkpoint import (
     FORMAT_VERSION,
+    WEIGHT_FILE,
     CheckpointError,
     check_checkpoint,
     header_metadata,
@@ -127,11 +128,11 @@ class _PublishedModel:
             for path in written.values():
                 if path.suffix == ".safetensors":
                     sort_metadata(path)
-            for path in [*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")]:
-                if path.name not in written:
-                    path.unlink()
             for name, path in written.items():
                 path.replace(target / name)
+            for path in target.iterdir():
+                if WEIGHT_FILE.fullmatch(path.name) and path.name not in written:
+                    path.unlink()
         if push:
             given = {key: kwargs[key] for key in ("token", "private", "create_pr", "revision") if key in kwargs}
             self.push_to_hub(repo_id, **given)

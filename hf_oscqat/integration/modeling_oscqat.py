@@ -28,6 +28,7 @@ import logging
 import math
 import operator
 import os
+import re
 import tempfile
 import torch
 import torch.nn.functional as F
@@ -1534,6 +1535,8 @@ def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
 # --- hf_oscqat.checkpoint
 FORMAT_VERSION = 1
 METADATA_KEY = "oscqat"
+WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+"""Names of the files that hold a checkpoint's weights, or say which ones do."""
 DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32}
 
 
@@ -1840,11 +1843,11 @@ class _PublishedModel:
             for path in written.values():
                 if path.suffix == ".safetensors":
                     sort_metadata(path)
-            for path in [*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")]:
-                if path.name not in written:
-                    path.unlink()
             for name, path in written.items():
                 path.replace(target / name)
+            for path in target.iterdir():
+                if WEIGHT_FILE.fullmatch(path.name) and path.name not in written:
+                    path.unlink()
         if push:
             given = {key: kwargs[key] for key in ("token", "private", "create_pr", "revision") if key in kwargs}
             self.push_to_hub(repo_id, **given)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,7 +16,7 @@ from typing import Any, cast
 import timm
 import torch
 import yaml
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, get_token, snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -35,6 +37,8 @@ from hf_oscqat.quantization.packed import PackedLayer
 from hf_oscqat.remedies import REMEDIES
 from hf_oscqat.report.pictures import draw_distances, draw_oscillation
 
+_SECRETIVE = re.compile("token|secret|password|api.?key", re.IGNORECASE)
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 COMPANIONS = (CARD, RESULTS, RECIPE, "oscillation.png", "distances.png")
 """Files beside the weights that go where the weights go."""
 
@@ -172,6 +176,30 @@ def run_facts(trainer: Any, *, command: str, seconds: float, recipe: bool) -> di
     }
 
 
+def command_line(argv: Sequence[str], *secrets: str | None) -> str:
+    """Return a command as one would type it, without what may be a secret.
+
+    Args:
+        argv: its words.
+        *secrets: what must not be in it, besides the stored token.
+    """
+    known = [secret for secret in (*secrets, get_token()) if secret]
+    shown: list[str] = []
+    hide_next = False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        secretive = word.startswith("-") and bool(_SECRETIVE.search(name))
+        if hide_next and not word.startswith("--"):
+            word = "***"
+        elif secretive and equals:
+            word = f"{name}=***"
+        hide_next = secretive and not equals
+        for secret in known:
+            word = word.replace(secret, "***")
+        shown.append(_TOKEN.sub("***", word))
+    return shlex.join(shown)
+
+
 def device_name(device: torch.device) -> str:
     """Name the hardware."""
     if device.type == "cuda":
@@ -230,13 +258,21 @@ def write_companions(
         path.write_text(listed[1], encoding="utf-8")
 
 
-def push_model(model: PreTrainedModel, repo_id: str, *, license: str | None = None, **push_arguments: Any) -> Pushed:
+def push_model(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    commit_message: str | None = None,
+    **push_arguments: Any,
+) -> Pushed:
     """Push a packed model to the Hub in one commit, with the card it was loaded beside, or a plain one.
 
     Args:
         model: from `pack`, or loaded in packed form.
         repo_id: see `push_folder`.
         license: needed where the model was not loaded from a folder whose card states it.
+        commit_message: title of the commit.
         **push_arguments: see `push_folder`.
 
     Raises:
@@ -253,12 +289,12 @@ def push_model(model: PreTrainedModel, repo_id: str, *, license: str | None = No
             results = plain_results(model, repo_id, license)
             results["bytes"]["packed"] = os.path.getsize(folder / "model.safetensors")
             write_companions(folder, results)
-        return push_folder(folder, repo_id, license=license, **push_arguments)
+        return push_folder(folder, repo_id, license=license, message=commit_message, **push_arguments)
 
 
 def _loaded_from(model: PreTrainedModel, token: str | None) -> Path | None:
     """Return a folder with what lies beside the weights that a model was loaded from; None if it was not loaded."""
-    origin = str(getattr(model.config, "name_or_path", None) or "")
+    origin = str(getattr(model.config, "name_or_path", None) or "")  # `pack` leaves it empty
     if not origin or Path(origin).is_dir():
         return Path(origin) if origin else None
     endpoint = HfApi().endpoint
@@ -284,6 +320,7 @@ def plain_results(model: PreTrainedModel, name: str, license: str | None) -> dic
             "origin": model.config.architecture,
             "base_model": None,
             "license": license,
+            "license_inherited": False,
         },
         "scheme": scheme_facts(config),
         "data": None,

@@ -7,7 +7,6 @@ loop with the same functions.
 import logging
 import math
 import os
-import shlex
 import sys
 from collections.abc import Sized
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ from hf_oscqat.integration.export import pack
 from hf_oscqat.integration.image_trainer import ImageTrainer
 from hf_oscqat.integration.optimizer import create_optimizer
 from hf_oscqat.integration.publish import (
+    command_line,
     oscillation_facts,
     plain_results,
     provenance,
@@ -210,6 +210,10 @@ class OscQATTrainer(ImageTrainer):
         """The optimizer step being made, counted from 1."""
         return self.state.global_step + 1
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model and config; transformers would push as well, at each call, and on one process only."""
+        super().save_model(output_dir, _internal_call=True)
+
     def init_hf_repo(self, token: str | None = None) -> None:
         """Find out before training whether a push will be possible; transformers would make the repository only.
 
@@ -218,7 +222,9 @@ class OscQATTrainer(ImageTrainer):
         """
         if self.is_world_process_zero():
             name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
-            self.hub_model_id = self.args.hub_model_id = check_push(name, token=token or self.args.hub_token)
+            self.hub_model_id = self.args.hub_model_id = check_push(
+                name, token=token or self.args.hub_token, private=self.args.hub_private_repo or None
+            )
 
     def push_to_hub(
         self,
@@ -254,26 +260,28 @@ class OscQATTrainer(ImageTrainer):
             raise ValueError("got blocking=False, expected True: nobody would hear of a push that fails")
         if license is None and base_model is None:
             raise ValueError("got neither license nor base_model, expected one: a model trained from scratch has none")
-        if base_model is not None:
-            base_model, license = provenance(base_model, license=license, token=token or self.args.hub_token)
         metrics = {} if self.eval_dataset is None else self.evaluate()
         if not self.is_world_process_zero():
             return None
+        token, inherited = token or self.args.hub_token, license is None
+        if base_model is not None:
+            base_model, license = provenance(base_model, license=license, token=token)
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
         with whole_folder(Path(str(self.args.output_dir), "packed")) as folder:
             packed: PreTrainedModel = pack(model)
             packed.save_pretrained(folder)
-            results = self._results(name, metrics, license, base_model, dataset_name)
+            results = self._results(name, metrics, license, base_model, dataset_name, token)
+            results["model"]["license_inherited"] = inherited
             results["bytes"]["packed"] = (folder / "model.safetensors").stat().st_size
             write_companions(folder, results, log_history=self.state.log_history)
         pushed = push_folder(
             Path(str(self.args.output_dir), "packed"),
             name,
-            token=token or self.args.hub_token,
+            token=token,
             message=commit_message,
             revision=revision or self.args.hub_revision,
-            **{"private": self.args.hub_private_repo, **push_arguments},
+            **{"private": self.args.hub_private_repo or None, **push_arguments},
         )
         return pushed.url
 
@@ -284,6 +292,7 @@ class OscQATTrainer(ImageTrainer):
         license: str | None,
         base_model: str | None,
         dataset_name: str | None,
+        token: str | None,
     ) -> dict[str, Any]:
         """Return for the card what Trainer knows; how its data were prepared it does not."""
         measured = None
@@ -294,9 +303,7 @@ class OscQATTrainer(ImageTrainer):
                 "num_images": len(self.eval_dataset),
                 "images_per_second": metrics.get("eval_samples_per_second", 0.0),
             }
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv[0] else "an interactive session"
-        if self.args.hub_token:
-            command = command.replace(self.args.hub_token, "***")
+        command = command_line([Path(sys.argv[0]).name, *sys.argv[1:]], self.args.hub_token, token)
         oscillation = oscillation_facts(self.state.log_history)
         results = plain_results(self.model, name, license)
         results["model"] |= {"base_model": base_model, "origin": base_model or results["model"]["architecture"]}

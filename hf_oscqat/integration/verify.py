@@ -6,7 +6,7 @@ from a card, and `verify` runs it again: the same images prepared in the same wa
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -14,22 +14,43 @@ from typing import Any
 
 import timm.data
 import torch
-import yaml
 from huggingface_hub import HfApi
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
 
-from hf_oscqat.hub.card import CARD, EVAL_RESULTS, METRICS, TASK, read_metadata, with_results
-from hf_oscqat.hub.client import explained, patiently
-from hf_oscqat.hub.push import Pushed, commit, differences
-from hf_oscqat.integration.data import DataArguments, DataError, ImageData, build_transforms, collate, load_image_data
+from hf_oscqat.hub.card import (
+    CARD,
+    METRICS,
+    OURS,
+    TASK,
+    eval_results_entry,
+    merge_eval_results,
+    read_metadata,
+    with_results,
+)
+from hf_oscqat.hub.client import explained, is_passing, patiently
+from hf_oscqat.hub.push import Pushed, commit, differences, digests_there, read_file
+from hf_oscqat.integration.data import (
+    INTERPOLATIONS,
+    DataArguments,
+    DataError,
+    ImageData,
+    build_transforms,
+    collate,
+    load_image_data,
+)
 from hf_oscqat.integration.evaluate import Evaluation, evaluate_accuracy
+from hf_oscqat.integration.modeling import OscQATTimmConfig
 from hf_oscqat.quantization.packed import PackedLayer
 
 logger = logging.getLogger(__name__)
 
 PREPARATION = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 """Keys of timm that say how an image is prepared."""
+CROP_MODES = ("center", "squash", "border")
+SOURCES = ("hub", "digits", "folder")
+MAX_SIDE = 2048
+"""Pixels; a card may claim any size, and memory is allocated by it."""
 RESOLUTION = 1e-3
 """Differences of accuracy up to this are rounding: another device sums in another order."""
 TITLE = "Results measured by oscqat evaluate"
@@ -73,6 +94,7 @@ class Verification:
         measured: what was measured.
         tolerance: by metric, the largest difference that is taken for the same.
         parameters: numbers in the model.
+        other_data: whether the images came from somewhere else than the claim says.
     """
 
     name: str
@@ -81,6 +103,7 @@ class Verification:
     measured: Evaluation
     tolerance: Mapping[str, float]
     parameters: int
+    other_data: bool
 
     @property
     def differences(self) -> dict[str, float]:
@@ -156,31 +179,27 @@ def read_claim(metadata: Mapping[str, Any], place: str) -> Claim:
         place: where the card is, for messages.
 
     Raises:
-        CannotRerunError: if it claims nothing, or not how it was measured.
+        CannotRerunError: if it claims nothing, or not how it was measured, or what cannot be.
     """
     found: dict[tuple[Any, ...], Claim] = {}
-    for model in metadata.get("model-index") or []:
-        for result in model.get("results") or []:
-            dataset = result.get("dataset") or {}
-            arguments = dataset.get("args") or {}
-            values = {
-                metric["type"]: float(metric["value"])
-                for metric in result.get("metrics") or []
-                if metric.get("type") in METRICS and isinstance(metric.get("value"), int | float)
-            }
-            if (result.get("task") or {}).get("type") != TASK or not values or "num_images" not in arguments:
-                continue
-            key = (dataset.get("type"), dataset.get("config"), dataset.get("split"), dataset.get("revision"))
-            before = found[key].accuracy if key in found else {}
-            found[key] = Claim(
-                accuracy={**before, **values},
-                num_images=int(arguments["num_images"]),
-                dataset=str(dataset.get("type")),
-                config=dataset.get("config"),
-                split=str(dataset.get("split")),
-                revision=dataset.get("revision"),
-                arguments=arguments,
-            )
+    try:
+        for model in metadata.get("model-index") or []:
+            for result in model.get("results") or []:
+                dataset = result.get("dataset") or {}
+                arguments = dataset.get("args") or {}
+                values = {
+                    metric["type"]: metric["value"]
+                    for metric in result.get("metrics") or []
+                    if metric.get("type") in METRICS
+                }
+                if (result.get("task") or {}).get("type") != TASK or not values or "num_images" not in arguments:
+                    continue
+                key = (dataset.get("type"), dataset.get("config"), dataset.get("split"), dataset.get("revision"))
+                before = found[key].accuracy if key in found else {}
+                claimed: tuple[Any, ...] = ({**before, **values}, arguments["num_images"], *key, arguments)
+                found[key] = Claim(*claimed)
+    except (AttributeError, TypeError, KeyError) as error:
+        raise CannotRerunError(f"the results of {place} cannot be read: {error}") from error
     if not found:
         raise CannotRerunError(
             f"{place} states no accuracy together with how it was measured, so nothing can be run again; expected "
@@ -190,9 +209,43 @@ def read_claim(metadata: Mapping[str, Any], place: str) -> Claim:
     missing = [key for key in PREPARATION if key not in claim.arguments]
     if missing:
         raise CannotRerunError(f"{place} does not say how images were prepared: {', '.join(missing)} are missing")
+    for name, value, good, expected in _checks(claim):
+        if not good:
+            raise CannotRerunError(f"{place} claims something with {name} {value!r}, expected {expected}")
     if len(found) > 1:
         logger.warning("%s has results on %d datasets; the first is run again: %s", place, len(found), claim.dataset)
     return claim
+
+
+def _checks(claim: Claim) -> Iterator[tuple[str, Any, bool, str]]:
+    """What of a claim to believe: name, value, whether it can be, and what can be. Anyone may have written it."""
+
+    def numbers(value: Any, count: int, low: float, high: float, kind: Any = (int, float)) -> bool:
+        values = value if isinstance(value, list) else [value]
+        right = all(isinstance(v, kind) and not isinstance(v, bool) and low <= v <= high for v in values)
+        return right and len(values) == count
+
+    for metric, value in claim.accuracy.items():
+        yield metric, value, numbers(value, 1, 0, 1), "a share from 0 to 1"
+    yield "num_images", claim.num_images, numbers(claim.num_images, 1, 1, 1e9, int), "a number of images"
+    for name in ("dataset", "split", "config", "revision"):
+        named = getattr(claim, name)
+        optional = name in ("config", "revision") and named is None
+        yield name, named, optional or (isinstance(named, str) and bool(named)), "a name"
+    args = claim.arguments
+    size = args["input_size"]
+    yield (
+        "input_size",
+        size,
+        numbers(size, 3, 1, MAX_SIDE, int) and size[0] == 3,
+        f"[3, height, width] up to {MAX_SIDE}",
+    )
+    yield "crop_pct", args["crop_pct"], numbers(args["crop_pct"], 1, 0.01, 1), "a share of the image"
+    for name in ("mean", "std"):
+        yield name, args[name], numbers(args[name], 3, -10, 10), "three numbers"
+    yield "interpolation", args["interpolation"], args["interpolation"] in INTERPOLATIONS, ", ".join(INTERPOLATIONS)
+    yield "crop_mode", args["crop_mode"], args["crop_mode"] in CROP_MODES, ", ".join(CROP_MODES)
+    yield "source", args.get("source"), args.get("source") in SOURCES, ", ".join(SOURCES)
 
 
 def verify(
@@ -225,6 +278,7 @@ def verify(
         CannotRerunError: if the claim cannot be run again: it says too little, or the images are not to be had.
         ValueError: if the checkpoint is damaged, or the Hub refuses.
     """
+    _check_device(device)
     sha, card = _pinned_card(source, revision, token)
     claim = read_claim(read_metadata(card, f"the card of {source}"), f"the card of {source}")
     data = _load_data(claim, dataset, max_samples)
@@ -236,6 +290,7 @@ def verify(
         )
     model = _load_model(source, sha, token)
     _check_classes(model, data, source)
+    _check_normalisation(model, claim, source)
     data.validation.transform = _transform(claim)
     measured = evaluate_accuracy(
         model,
@@ -253,6 +308,7 @@ def verify(
         measured=measured,
         tolerance={metric: tolerance(value, measured.num_images, whole) for metric, value in claim.accuracy.items()},
         parameters=_count_parameters(model),
+        other_data=dataset is not None and dataset != claim.dataset,
     )
 
 
@@ -276,7 +332,7 @@ def propose_results(result: Verification, *, token: str | None = None) -> Pushed
     """Open a pull request that puts the measured values into the card, and into `.eval_results` for data of the Hub.
 
     Args:
-        result: measured on all images of the claim, for a model on the Hub.
+        result: measured on all images of the claim, for the newest commit of a model on the Hub.
         token: of any account; None takes the stored one, or HF_TOKEN.
 
     Returns:
@@ -286,10 +342,13 @@ def propose_results(result: Verification, *, token: str | None = None) -> Pushed
     Raises:
         ValueError: if the measurement may not be proposed, or the Hub refuses.
     """
-    subset = result.measured.num_images != result.claim.num_images
-    check_proposable(folder=result.commit is None, subset=subset)
+    check_proposable(
+        folder=result.commit is None,
+        subset=result.measured.num_images != result.claim.num_images,
+        other_data=result.other_data,
+    )
     api = HfApi(token=token)
-    name = result.name
+    name, claim = result.name, result.claim
     with explained(name, "proposing results to", api.endpoint):
         requests = patiently(
             lambda: list(api.get_repo_discussions(name, discussion_type="pull_request", discussion_status="open")),
@@ -298,13 +357,24 @@ def propose_results(result: Verification, *, token: str | None = None) -> Pushed
         for request in requests:
             if request.title == TITLE:
                 return Pushed(str(request.url), "", ())
+        newest = patiently(lambda: api.repo_info(name), f"reading {name}").sha
+        if newest != result.commit:
+            raise ValueError(
+                f"got a measurement of commit {result.commit} of {name}, whose newest is {newest} now, expected one "
+                "of that: the numbers would stand beside other weights. Measure again"
+            )
 
         def changes(head: str) -> dict[str, bytes | Path | None]:
-            card = Path(patiently(lambda: api.hf_hub_download(name, CARD, revision=head), f"reading {name}"))
-            text = with_results(card.read_text(encoding="utf-8"), _measured_entries(result), f"the card of {name}")
-            listed = _listed(result)
-            wanted = {CARD: text.encode()} | ({} if listed is None else {listed[0]: listed[1].encode()})
-            return differences(api, name, head, wanted)
+            there = digests_there(api, name, head)
+            card = with_results(read_file(api, name, CARD, head), _measured_entries(result), f"the card of {name}")
+            wanted: dict[str, bytes | Path | None] = {CARD: card.encode()}
+            if claim.arguments["source"] == "hub":
+                notes = f"{OURS}top-1 accuracy in percent, split {claim.split}, measured by oscqat evaluate"
+                day, accuracy = date.today().isoformat(), result.measured.accuracy
+                path, ours = eval_results_entry(claim.dataset, claim.config, claim.revision, accuracy, day, notes)
+                theirs = read_file(api, name, path, head) if path in there else ""
+                wanted[path] = merge_eval_results(theirs, ours).encode()
+            return differences(there, wanted)
 
         pushed = commit(
             api,
@@ -313,20 +383,21 @@ def propose_results(result: Verification, *, token: str | None = None) -> Pushed
             TITLE,
             create_pr=True,
             description=f"Measured at commit {result.commit} on {result.measured.num_images} images of "
-            f"{result.claim.dataset}, split {result.claim.split}, by `oscqat evaluate {name}`.",
+            f"{claim.dataset}, split {claim.split}, by `oscqat evaluate {name}`.",
         )
         return pushed if pushed.changed else None
 
 
-def check_proposable(*, folder: bool, subset: bool) -> None:
+def check_proposable(*, folder: bool, subset: bool, other_data: bool) -> None:
     """Refuse to propose what is no measurement of the claim.
 
     Args:
         folder: whether the model is one on disk.
         subset: whether not all images of the claim are measured on.
+        other_data: whether the images come from somewhere else than the claim says.
 
     Raises:
-        ValueError: if either is so.
+        ValueError: if any of these is so.
     """
     if folder:
         raise ValueError("got a folder to open a pull request in, expected a Hub id such as org/name")
@@ -334,6 +405,11 @@ def check_proposable(*, folder: bool, subset: bool) -> None:
         raise ValueError(
             "got a measurement on a part of the images to propose, expected one on all of them: leave out "
             "--max-samples"
+        )
+    if other_data:
+        raise ValueError(
+            "got a measurement on images from elsewhere to propose, expected one on those that the card names: leave "
+            "out --dataset"
         )
 
 
@@ -346,26 +422,11 @@ def _measured_entries(result: Verification) -> dict[tuple[Any, ...], float]:
     }
 
 
-def _listed(result: Verification) -> tuple[str, str] | None:
-    claim = result.claim
-    if claim.arguments.get("source") != "hub":
-        return None
-    dataset = {"id": claim.dataset, "task_id": claim.config or "default"}
-    if claim.revision:
-        dataset["revision"] = claim.revision
-    entry = {
-        "dataset": dataset,
-        "value": round(100 * result.measured.accuracy, 4),
-        "date": date.today().isoformat(),
-        "notes": f"top-1 accuracy in percent, split {claim.split}; measured by oscqat evaluate",
-    }
-    name = claim.dataset.rpartition("/")[2]
-    return f"{EVAL_RESULTS}/{name}.yaml", yaml.safe_dump([entry], sort_keys=False)
-
-
 def _pinned_card(source: str, revision: str | None, token: str | None) -> tuple[str | None, str]:
     """Return the commit that is evaluated, None for a folder, and its card."""
     if Path(source).is_dir():
+        if revision is not None:
+            raise CannotRerunError(f"got revision {revision!r} of {source}, a folder, which has none")
         card = Path(source, CARD)
         if not card.is_file():
             inside = Path(source, "packed", CARD)
@@ -397,6 +458,11 @@ def _load_data(claim: Claim, dataset: str | None, max_samples: int | None) -> Im
         )
     if "train_val_split" not in args:
         chosen["validation_split"] = claim.split
+    if dataset is None and source == "hub" and Path(claim.dataset).exists():
+        raise CannotRerunError(
+            f"the card names the dataset {claim.dataset} of the Hub, and here is a file or folder of that name, which "
+            "would be read: do this from another folder, or pass it as --dataset"
+        )
     if dataset is None:
         chosen |= {"dataset_name": claim.dataset, "dataset_config_name": claim.config}
         chosen["dataset_revision"] = claim.revision
@@ -425,14 +491,50 @@ def _is_folder_of_classes(path: Path) -> bool:
 
 
 def _load_model(source: str, sha: str | None, token: str | None) -> nn.Module:
-    if sha is None:
-        return AutoModelForImageClassification.from_pretrained(source)
+    """Load a packed model, and nothing else: other checkpoints may bring code of their own, or pickles.
+
+    Raises:
+        CannotRerunError: if it is none.
+    """
     api = HfApi(token=token)
-    with explained(source, "loading", api.endpoint):
-        return patiently(
-            lambda: AutoModelForImageClassification.from_pretrained(source, revision=sha, token=token),
-            f"loading {source}",
+    options: dict[str, Any] = {} if sha is None else {"revision": sha, "token": token}
+
+    def load() -> nn.Module:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        if getattr(config, "model_type", None) != OscQATTimmConfig.model_type:
+            raise CannotRerunError(
+                f"got {source} with a {config.model_type} model, expected a packed one of hf_oscqat"
+            )
+        return AutoModelForImageClassification.from_pretrained(
+            source, trust_remote_code=False, use_safetensors=True, **options
         )
+
+    with explained(source, "loading", api.endpoint):
+        try:
+            return load() if sha is None else patiently(load, f"loading {source}")
+        except OSError as error:
+            if is_passing(error):
+                raise
+            raise CannotRerunError(f"{source} cannot be loaded: {error}") from error
+
+
+def _check_device(device: str | None) -> None:
+    available = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device not in (None, "cpu") and (available is None or available.type != device):
+        there = "no accelerator" if available is None else f"an accelerator of type {available.type}"
+        raise CannotRerunError(f"got device {device!r} on a machine with {there}, expected one that it has")
+
+
+def _check_normalisation(model: nn.Module, claim: Claim, source: str) -> None:
+    """Refuse a card that says otherwise than config.json, which the image processor of the model goes by."""
+    config: Any = model.config
+    for name in ("mean", "std"):
+        has = list((config.pretrained_cfg or {}).get(name) or ())
+        if has != list(claim.arguments[name]):
+            raise CannotRerunError(
+                f"the card of {source} was measured with {name} {claim.arguments[name]}, and its config.json has "
+                f"{has}: one of the two was changed"
+            )
 
 
 def _check_classes(model: nn.Module, data: ImageData, source: str) -> None:

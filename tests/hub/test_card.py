@@ -16,6 +16,7 @@ from hf_oscqat.hub.card import (
     CardError,
     card_of,
     eval_results_file,
+    merge_eval_results,
     read_metadata,
     render_card,
     update_card,
@@ -35,6 +36,7 @@ RESULTS = {
         "origin": "mobilenetv2_100, with pretrained weights",
         "base_model": "timm/mobilenetv2_100.ra_in1k",
         "license": "apache-2.0",
+        "license_inherited": True,
     },
     "scheme": {
         "name": "W4A4",
@@ -135,12 +137,45 @@ class TestMetadata:
 
     def test_eval_results_name_the_dataset_of_the_hub(self, results):
         path, text = eval_results_file(results)
-        assert path == ".eval_results/pets.yaml"
+        assert path == ".eval_results/org--pets.yaml"
         (entry,) = yaml.safe_load(text)
         assert entry["dataset"] == {"id": "org/pets", "task_id": "default", "revision": "0123456789abcdef"}
         assert (entry["value"], entry["date"]) == (96.11, "2026-11-23")
         results["data"]["dataset_id"] = None
         assert eval_results_file(results) is None
+
+
+class TestEvalResults:
+    PERSON = yaml.safe_dump([{"dataset": {"id": "org/pets", "task_id": "other"}, "value": 3}])
+
+    def test_entries_of_people_stay_beside_ours(self, results):
+        _, ours = eval_results_file(results)
+        merged = yaml.safe_load(merge_eval_results(self.PERSON, ours))
+        assert [entry["dataset"]["task_id"] for entry in merged] == ["other", "default"]
+
+    def test_same_value_changes_nothing(self, results):
+        _, ours = eval_results_file(results)
+        results["run"]["date"] = "2027-01-01"
+        assert merge_eval_results(ours, eval_results_file(results)[1]) == ours
+
+    def test_other_value_takes_the_place_of_the_older(self, results):
+        _, ours = eval_results_file(results)
+        results["accuracy"]["packed"] = {**MEASURED, "accuracy": 0.5}
+        (entry,) = yaml.safe_load(merge_eval_results(ours, eval_results_file(results)[1]))
+        assert entry["value"] == 50
+
+    def test_ours_go_with_the_weights_they_were_about(self, results):
+        _, ours = eval_results_file(results)
+        assert merge_eval_results(ours, "") == ""
+        assert yaml.safe_load(merge_eval_results(merge_eval_results(self.PERSON, ours), "")) == yaml.safe_load(
+            self.PERSON
+        )
+        assert merge_eval_results(self.PERSON, "") == self.PERSON
+
+    @pytest.mark.parametrize("text", ["[a", "a: b", "[3]"])
+    def test_file_of_another_form_is_an_error(self, text):
+        with pytest.raises(CardError, match="mend or remove it"):
+            merge_eval_results(text, "")
 
 
 class TestBody:
@@ -259,15 +294,55 @@ class TestEdits:
         assert (data["library_name"], data["language"]) == ("transformers", "en")
         assert {"pets", "w3a3"} <= set(data["tags"])
 
-    def test_our_edit_wins_over_theirs(self, results):
+    def test_our_edit_wins_where_theirs_is_what_we_wrote(self, results):
         card = render_card(results)
-        theirs, ours = (
-            card.replace("Not for cats", "").replace("tested on anything else", word) for word in ("dogs", "cats")
+        first, second = (
+            card.replace("tested on anything else", word) for word in ("tested on dogs", "tested on cats")
         )
-        assert "tested on anything else" not in theirs
-        merged = update_card(theirs, ours)
+        there = update_card(card, first)
+        assert "dogs" in there
+        merged = update_card(there, second)
         assert "cats" in merged
         assert "dogs" not in merged
+
+    def test_their_edit_stays_where_both_have_edited(self, results, caplog):
+        card = render_card(results)
+        ours = card.replace("tested on anything else", "tested on dogs")
+        theirs = update_card(card, ours).replace("tested on dogs", "tested on cats")
+        assert "cats" in update_card(theirs, ours)
+        assert "because people have edited it: Limits and licence" in caplog.text
+
+    def test_what_is_added_behind_the_comment_is_kept_and_the_rest_is_not_stale(self, results):
+        old = render_card(results) + "\n## Thanks\n\nTo all.\n"
+        results["accuracy"]["packed"] = {**MEASURED, "accuracy": 0.5}
+        for _ in range(2):
+            old = update_card(old, render_card(results))
+            assert "## Thanks\n\nTo all." in old
+            assert "**50.00%**" in old
+            assert old.count("made by oscqat") == 1
+
+    def test_added_tag_does_not_keep_the_others(self, results):
+        old = render_card(results).replace("- w4a4", "- w4a4\n- pets")
+        results["scheme"]["name"] = "W3A3"
+        assert metadata_of(update_card(old, render_card(results)))["tags"][-2:] == ["w3a3", "pets"]
+
+    def test_removed_tag_and_key_stay_away(self, results):
+        old = render_card(results).replace("- timm\n", "").replace("metrics:\n- accuracy\n", "")
+        data = metadata_of(update_card(old, render_card(results)))
+        assert "timm" not in data["tags"]
+        assert "metrics" not in data
+
+    def test_licence_and_its_name_go_together(self, results):
+        results["model"]["license"] = "cvnets-license"
+        old = render_card(results).replace("license: other\nlicense_name: cvnets-license", "license: mit")
+        data = metadata_of(update_card(old, render_card(results)))
+        assert data["license"] == "mit"
+        assert "license_name" not in data
+
+    @pytest.mark.parametrize("index", ["foo", "[foo]", "[{results: [3]}]", "[{results: [{metrics: [3]}]}]"])
+    def test_results_of_another_form_are_an_error(self, results, index):
+        with pytest.raises(CardError, match="got a model-index in the metadata of the card there"):
+            update_card(f"---\nmodel-index: {index}\n---\n", render_card(results), "the card there")
 
     def test_results_of_others_stay_and_ours_are_replaced_whatever_their_revision(self, results):
         old = render_card(results)

@@ -85,6 +85,16 @@ def test_saving_one_file_over_shards_leaves_none_of_them(folder, tmp_path):
     }
 
 
+def test_saving_leaves_files_that_are_not_its_own(folder, tmp_path):
+    from transformers import AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "ema.safetensors").write_bytes(b"mine")
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "ema.safetensors").read_bytes() == b"mine"
+
+
 class TestRefused:
     def test_folder_around_it_is_told_where_it_is(self, folder):
         with pytest.raises(CheckpointError, match=f"you may mean {folder}"):

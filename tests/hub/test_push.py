@@ -6,10 +6,11 @@ import zipfile
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForImageClassification
 
-from hf_oscqat import pack
+from hf_oscqat import OscQATConfig, calibrate, pack, prepare_qat
 from hf_oscqat.hub.card import CARD, CardError
 from hf_oscqat.hub.client import HubError
 from hf_oscqat.hub.push import check_push, is_pickle, push_folder
@@ -62,6 +63,20 @@ class TestOneCommit:
         )
         push_folder(folder, REPO)
         assert hub.files(REPO).keys() == FILES | {"a.txt"}
+
+    def test_weights_in_folders_of_the_repository_stay(self, hub, folder):
+        others = {"float/model.safetensors": b"float", "ema.safetensors": b"ema"}
+        hub.create(REPO, others)
+        push_folder(folder, REPO)
+        assert hub.files(REPO).keys() == FILES | others.keys()
+
+    def test_what_is_about_older_weights_goes_with_them(self, hub, folder):
+        ours = yaml.safe_dump([{"dataset": {"id": "org/a", "task_id": "b"}, "value": 3, "notes": "hf_oscqat: top-1"}])
+        theirs = yaml.safe_dump([{"dataset": {"id": "org/a", "task_id": "b"}, "value": 3, "notes": "by hand"}])
+        files = {".eval_results/org--a.yaml": ours.encode(), ".eval_results/mine.yaml": theirs.encode()}
+        hub.create(REPO, {**files, "distances.png": b"old"})
+        push_folder(folder, REPO)
+        assert hub.files(REPO).keys() == FILES | {".eval_results/mine.yaml"}
 
     def test_goes_to_a_branch_if_told(self, hub, folder):
         hub.create(REPO)
@@ -123,10 +138,22 @@ class TestWhatIsNotPushed:
             assert f"not pushed: {name}, which is a pickle" in caplog.text
 
     def test_hidden_files(self, hub, folder):
-        (folder / ".cache").mkdir()
-        (folder / ".cache" / "token").write_text("secret")
+        for place in (folder / ".cache", folder / "sub"):
+            place.mkdir()
+        (folder / ".cache" / "token.txt").write_text("secret")
+        (folder / "sub" / ".env").write_text("secret")
         push_folder(folder, REPO)
         assert hub.files(REPO).keys() == FILES
+
+    def test_files_of_other_kinds_and_links_that_lead_out(self, hub, folder, tmp_path, caplog):
+        (folder / "arrays.npz").write_bytes(b"PK")
+        (tmp_path / "secret.txt").write_text("secret")
+        (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+        (folder / "LICENSE").write_text("MIT")
+        push_folder(folder, REPO)
+        assert hub.files(REPO).keys() == FILES | {"LICENSE"}
+        assert "not pushed: arrays.npz, which is no kind of file" in caplog.text
+        assert "not pushed: notes.txt, a link that leads out of the folder" in caplog.text
 
     @pytest.mark.parametrize("name", ["a.safetensors", "a.txt", "a.png"])
     def test_other_files_are_no_pickles(self, name, tmp_path):
@@ -300,6 +327,17 @@ class TestWhoMay:
         with pytest.raises(HubError, match="expected a name such as org/model"):
             push_folder(folder, "org/a b")
 
+    def test_private_is_not_taken_for_done(self, hub, folder):
+        hub.create(REPO)
+        with pytest.raises(HubError, match="which exists and is public; expected the same"):
+            push_folder(folder, REPO, private=True)
+        assert not hub.files(REPO)
+
+    def test_offline(self, hub, folder, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+            push_folder(folder, REPO)
+
     def test_token_is_in_no_message(self, hub, folder):
         with pytest.raises(HubError) as raised:
             push_folder(folder, REPO, token="hf_secretsecret")
@@ -329,6 +367,22 @@ class TestModel:
         card = hub.files(REPO)[CARD].decode()
         assert "was not measured" in card
         assert ModelCard(card).data.eval_results is None
+
+    def test_card_of_the_float_model_is_not_taken_for_its_own(self, hub, make_wrapper, tmp_path, pixel_values):
+        make_wrapper().save_pretrained(tmp_path)
+        (tmp_path / CARD).write_text("---\nlicense: mit\n---\n# Float model, 99.9%\n")
+        model = AutoModelForImageClassification.from_pretrained(tmp_path)
+        calibrate(prepare_qat(model, OscQATConfig()), [{"pixel_values": pixel_values}])
+        pack(model).push_to_hub(REPO, license="mit", commit_message="Packed")
+        assert "99.9%" not in hub.files(REPO)[CARD].decode()
+        assert hub.commits(REPO)[0] == "Packed"
+
+    def test_loaded_from_one_repository_goes_to_another_with_its_card(self, hub, folder):
+        push_folder(folder, REPO)
+        AutoModelForImageClassification.from_pretrained(REPO).push_to_hub("org/other")
+        files = hub.files("org/other")
+        assert files.keys() == FILES
+        assert 'path = "org/other"' in files[CARD].decode()
 
     def test_while_saving(self, hub, folder, tmp_path):
         model = AutoModelForImageClassification.from_pretrained(folder)

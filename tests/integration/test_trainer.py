@@ -524,6 +524,12 @@ class TestPush:
             loaded = AutoModelForImageClassification.from_pretrained(self.REPO)
             assert torch.equal(loaded(images).logits, trainer.model.eval()(images).logits)
 
+    def test_saving_does_not_push(self, make_trainer, hub):
+        trainer = make_trainer(push_to_hub=True, hub_model_id=self.REPO, max_steps=1)
+        trainer.train()
+        trainer.save_model()
+        assert not hub._repos
+
     def test_token_is_written_nowhere(self, make_trainer, hub, monkeypatch, caplog, tmp_path):
         monkeypatch.delenv("HF_TOKEN")
         monkeypatch.setattr("sys.argv", ["train.py", "--hub_token", "hf_write"])

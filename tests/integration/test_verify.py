@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from hf_oscqat.hub.card import CARD, write_card
+from hf_oscqat.hub.card import CARD, eval_results_file, write_card
 from hf_oscqat.hub.client import HubError
 from hf_oscqat.hub.push import push_folder
 from hf_oscqat.integration.data import DataArguments, load_image_data
@@ -123,6 +123,78 @@ class TestFolder:
     def test_folder_of_the_run_is_told_where_it_is(self, folder):
         with pytest.raises(CannotRerunError, match=f"you may mean {folder}"):
             verify(str(folder.parent))
+
+
+class TestUntrustedCards:
+    """Anyone may have written them."""
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("- 32\n        - 32", "- 60000\n        - 60000", "input_size"),
+            ("- 32\n        - 32", "- x\n        - 32", "input_size"),
+            ("crop_pct: 1.0", "crop_pct: a", "crop_pct"),
+            ("interpolation: bicubic", "interpolation: zzz", "interpolation 'zzz', expected nearest"),
+            ("crop_mode: center", "crop_mode: 3", "crop_mode"),
+            ("num_images: 60", "num_images: many", "num_images 'many', expected a number of images"),
+            ("source: digits", "source: disk", "source 'disk', expected hub, digits, folder"),
+            ("      split: validation\n", "      split: 3\n", "split"),
+            ("value: 0.", "value: 50.", "a share from 0 to 1"),
+        ],
+    )
+    def test_what_cannot_be_is_not_run(self, folder, old, new, message):
+        text = (folder / CARD).read_text()
+        assert old in text
+        (folder / CARD).write_text(text.replace(old, new))
+        with pytest.raises(CannotRerunError, match=message):
+            verify(str(folder), **QUIET)
+
+    @pytest.mark.parametrize("index", ["[foo]", "[{results: [3]}]", "[{results: [{dataset: 3}]}]"])
+    def test_results_of_another_form(self, folder, index):
+        (folder / CARD).write_text(f"---\nmodel-index: {index}\n---\n")
+        with pytest.raises(ValueError, match="cannot be read"):
+            verify(str(folder), **QUIET)
+
+    def test_other_normalisation_than_that_of_the_model(self, folder):
+        claim_otherwise(folder, mean=[0.0, 0.0, 0.0])
+        with pytest.raises(CannotRerunError, match="one of the two was changed"):
+            verify(str(folder), **QUIET)
+
+    def test_dataset_of_the_hub_that_is_a_local_folder(self, folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "org" / "pets").mkdir(parents=True)
+        claim_otherwise(folder, source="hub", dataset_id="org/pets", name="org/pets")
+        with pytest.raises(CannotRerunError, match="here is a file or folder of that name"):
+            verify(str(folder), **QUIET)
+
+    def test_model_of_another_kind_runs_no_code(self, folder, tmp_path):
+        config = json.loads((folder / "config.json").read_text())
+        config["model_type"] = "another"
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "modeling_oscqat.py").write_text(f"open({str(tmp_path / 'trace')!r}, 'w')")
+        with pytest.raises(ValueError, match=r"trust_remote_code|expected a packed one"):
+            verify(str(folder), **QUIET)
+        assert not (tmp_path / "trace").exists()
+
+    def test_float_model_is_refused_before_its_weights_are_read(self, folder, make_wrapper):
+        make_wrapper().save_pretrained(folder)
+        with pytest.raises(CannotRerunError, match="a timm_wrapper model, expected a packed one of hf_oscqat"):
+            verify(str(folder), **QUIET)
+
+    def test_checkpoint_without_weights(self, folder):
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(CannotRerunError, match="cannot be loaded"):
+            verify(str(folder), **QUIET)
+
+
+def test_device_that_is_not_there(folder):
+    with pytest.raises(CannotRerunError, match="expected one that it has"):
+        verify(str(folder), device="xpu", show_progress=False)
+
+
+def test_revision_of_a_folder(folder):
+    with pytest.raises(CannotRerunError, match="a folder, which has none"):
+        verify(str(folder), revision="main", **QUIET)
 
 
 def write_digits(folder, classes=10):
@@ -253,10 +325,36 @@ class TestPropose:
         push_folder(folder, REPO)
         result = verify(REPO, **QUIET)
         propose_results(result)
-        path = f".eval_results/{name.partition('/')[2]}.yaml"
+        path = f".eval_results/{name.replace('/', '--')}.yaml"
         (entry,) = yaml.safe_load(hub.files(REPO, "refs/pr/1")[path])
         assert entry["dataset"] == {"id": name, "task_id": "default", "revision": commit}
         assert entry["value"] == pytest.approx(100 * result.measured.accuracy, abs=1e-4)
+
+    def test_entry_with_the_same_value_needs_none(self, hub, folder, dataset_on_the_hub):
+        name, commit = dataset_on_the_hub
+        changes = {"source": "hub", "name": name, "dataset_id": name, "revision": commit, "max_eval_samples": None}
+        claim_otherwise(folder, **changes)
+        results = json.loads((folder / "results.json").read_text())
+        path, text = eval_results_file(results)
+        (folder / path).parent.mkdir()
+        (folder / path).write_text(text)
+        push_folder(folder, REPO)
+        assert propose_results(verify(REPO, **QUIET)) is None
+
+    def test_numbers_are_not_put_beside_other_weights(self, hub, folder):
+        old = push_folder(folder, REPO).commit
+        result = verify(REPO, **QUIET)
+        hub.add_commit(REPO, {"a.txt": b"x"})
+        with pytest.raises(ValueError, match=f"got a measurement of commit {old}"):
+            propose_results(result)
+        assert not hub.pulls(REPO)
+
+    def test_numbers_of_other_images_are_not_proposed(self, hub, folder, tmp_path):
+        push_folder(folder, REPO)
+        write_digits(tmp_path / "images")
+        result = verify(REPO, dataset=str(tmp_path / "images"), **QUIET)
+        with pytest.raises(ValueError, match="expected one on those that the card names"):
+            propose_results(result)
 
     def test_part_of_the_images_is_not_proposed(self, hub, folder):
         push_folder(folder, REPO)

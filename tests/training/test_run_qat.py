@@ -152,6 +152,15 @@ class TestPush:
         assert (data.license, data.eval_results[0].metric_value) == ("mit", results["accuracy"]["packed"]["accuracy"])
         assert verify(self.REPO, device="cpu", show_progress=False).reproduced
 
+    def test_new_run_is_pushed_at_its_end_with_a_recipe_for_others(self, hub, tmp_path):
+        options = ["--max_steps", "1", "--evaluate_baselines", "false", "--output_dir", str(tmp_path / "run")]
+        main([*SETTINGS, *options, "--push_to_hub", "--hub_model_id", self.REPO])
+        files = hub.files(self.REPO)
+        recipe = yaml.safe_load(files["recipe.yaml"])
+        assert recipe["output_dir"] == "runs/run"
+        assert not recipe.keys() & {"push_to_hub", "hub_model_id"}
+        assert len(hub.commits(self.REPO)) == 2
+
     def test_token_that_may_only_read_is_found_before_anything_else(self, hub, tmp_path):
         command = [*SETTINGS, "--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", self.REPO]
         with pytest.raises(ValueError, match="token that may only read"):
