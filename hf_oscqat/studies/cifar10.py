@@ -158,7 +158,7 @@ BUDGETS: dict[str, Budget] = {
         float_learning_rate=0.05,
         float_weight_decay=1e-4,
         float_batch_size=64,
-        epochs=0.75,
+        epochs=0.5,
         tuning_epochs=0.25,
         batch_size=32,
         weight_decay=2.5e-5,
@@ -167,9 +167,15 @@ BUDGETS: dict[str, Budget] = {
         reestimation_batches=50,
         seeds=3,
         trials={
-            "lsq": (Trial(0.01), Trial(0.03), Trial(0.1)),
-            "dampening": (Trial(0.03, 0.1), Trial(0.03, 1.0), Trial(0.1, 1.0)),
-            "freezing": (Trial(0.03, 0.01), Trial(0.03, 0.03), Trial(0.1, 0.03)),
+            "lsq": tuple(Trial(rate) for rate in (0.003, 0.006, 0.01, 0.03, 0.1)),
+            "dampening": (Trial(0.003, 1.0), Trial(0.01, 1.0), Trial(0.03, 0.1), Trial(0.03, 1.0), Trial(0.1, 1.0)),
+            "freezing": (
+                Trial(0.003, 0.01),
+                Trial(0.01, 0.01),
+                Trial(0.03, 0.01),
+                Trial(0.03, 0.03),
+                Trial(0.1, 0.03),
+            ),
         },
         size=24,
     ),
@@ -216,7 +222,6 @@ class Cifar10Settings(DataArguments):
     again: bool = field(default=False, metadata={"help": "Train the chosen cells anew where they are done already."})
     table_only: bool = field(default=False, metadata={"help": "Train nothing; make the table of what there is."})
     threads: int | None = field(default=None, metadata={"help": "Threads of a CPU. Default: torch's."})
-    compile: bool = field(default=False, metadata={"help": "Train with torch.compile, which pays for long cells."})
 
     def __post_init__(self) -> None:
         if not self.table_only:
@@ -310,9 +315,9 @@ class Table:
         kinds = dict.fromkeys((cell.network, cell.width, cell.method) for cell in missing)
         self._finish(
             {
-                self._file("trials", Cell(*kind, seed=i)): partial(self._try, kind, trial)
+                self._trial_file(kind, trial): partial(self._try, kind, trial)
                 for kind in kinds
-                for i, trial in enumerate(self.budget.trials[kind[2]])
+                for trial in self.budget.trials[kind[2]]
             }
         )
         self._finish({self._file("cells", cell): partial(self._train, cell) for cell in missing})
@@ -323,9 +328,8 @@ class Table:
 
     def trials(self, cell: Cell) -> list[dict[str, Any]]:
         """What was tried for cells of that kind."""
-        count = len(self.budget.trials[cell.method])
         kind = (cell.network, cell.width, cell.method)
-        found = (self._read(self._file("trials", Cell(*kind, seed=i))) for i in range(count))
+        found = (self._read(self._trial_file(kind, trial)) for trial in self.budget.trials[cell.method])
         return [trial for trial in found if trial is not None]
 
     def best(self, cell: Cell) -> Trial:
@@ -333,30 +337,8 @@ class Table:
         best = max(self.trials(cell), key=lambda trial: trial["after"])
         return Trial(best["learning_rate"], best["strength"])
 
-    def _finish(self, jobs: dict[Path, Callable[[], dict[str, Any]]]) -> None:
-        """Do what no file is there of. What another process is at is waited for at the end only."""
-        for timeout in (0, -1):
-            for file, job in jobs.items():
-                try:
-                    with self._lock(file, timeout):
-                        if self._read(file) is None:
-                            logger.info("%s", file.stem)
-                            self._write(file, job())
-                except Timeout:
-                    logger.info("%s is being done by another process", file.stem)
-
-    def _try(self, kind: tuple[str, str, str], trial: Trial) -> dict[str, Any]:
-        cell = Cell(*kind, seed=0)
-        try:
-            return self._measure(cell, trial, self.budget.tuning_epochs, self.images.held_out)
-        except FloatingPointError as error:
-            logger.warning("%s", error)
-            return {**asdict(cell), **asdict(trial), "before": 0.0, "after": 0.0, "diverged": True}
-
-    def _train(self, cell: Cell) -> dict[str, Any]:
-        return self._measure(cell, self.best(cell), self.budget.epochs, self.images.test)
-
-    def _measure(self, cell: Cell, trial: Trial, epochs: float, images: Images) -> dict[str, Any]:
+    def measure(self, cell: Cell, trial: Trial, epochs: float, images: Images) -> dict[str, Any]:
+        """Train a cell, of the table or not, from the float model, and measure it on `images`; writes nothing."""
         b, device = self.budget, self.settings.torch_device
         weight_bits, activation_bits = cell.bits
         config = OscQATConfig(
@@ -381,7 +363,6 @@ class Table:
             learning_rate=trial.learning_rate,
             weight_decay=b.weight_decay,
             scale_learning_rate=b.scale_learning_rate,
-            compiled=self.settings.compile,
         )
         before = accuracy(model, images, self.images.normalise)
         reestimate_batchnorm(model, (pixels for pixels, _ in self._some_batches(b.reestimation_batches, seed=0)))
@@ -398,6 +379,29 @@ class Table:
             "versions": {name: version(name) for name in ("hf_oscqat", "torch", "timm")},
             "date": date.today().isoformat(),
         }
+
+    def _finish(self, jobs: dict[Path, Callable[[], dict[str, Any]]]) -> None:
+        """Do what no file is there of. What another process is at is waited for at the end only."""
+        for timeout in (0, -1):
+            for file, job in jobs.items():
+                try:
+                    with self._lock(file, timeout):
+                        if self._read(file) is None:
+                            logger.info("%s", file.stem)
+                            self._write(file, job())
+                except Timeout:
+                    logger.info("%s is being done by another process", file.stem)
+
+    def _try(self, kind: tuple[str, str, str], trial: Trial) -> dict[str, Any]:
+        cell = Cell(*kind, seed=0)
+        try:
+            return self.measure(cell, trial, self.budget.tuning_epochs, self.images.held_out)
+        except FloatingPointError as error:
+            logger.warning("%s", error)
+            return {**asdict(cell), **asdict(trial), "before": 0.0, "after": 0.0, "diverged": True}
+
+    def _train(self, cell: Cell) -> dict[str, Any]:
+        return self.measure(cell, self.best(cell), self.budget.epochs, self.images.test)
 
     def _float_model(self, network: str) -> nn.Module:
         if network not in self._float_models:
@@ -454,6 +458,10 @@ class Table:
     def _file(self, part: str, cell: Cell) -> Path:
         return self.folder / part / f"{cell.network}-{cell.width}-{cell.method}-{cell.seed}.json"
 
+    def _trial_file(self, kind: tuple[str, str, str], trial: Trial) -> Path:
+        tuned = [f"{value:g}" for value in (trial.learning_rate, trial.strength) if value is not None]
+        return self.folder / "trials" / f"{'-'.join([*kind, *tuned])}.json"
+
     def _lock(self, file: Path, timeout: float) -> FileLock:
         locks = self.folder / "locks"
         locks.mkdir(parents=True, exist_ok=True)
@@ -486,7 +494,9 @@ class Table:
         if part == "float":
             kept = {k: v for k, v in everything.items() if k in (*data, "model_args", "stem_stride") or "float" in k}
         else:
-            kept = {k: v for k, v in everything.items() if k not in ("networks", "seeds")}
+            # More trials leave those that were made valid, but not what was trained with the best of them.
+            left_out = {"networks", "seeds"} | ({"trials", "epochs"} if part == "trials" else set())
+            kept = {k: v for k, v in everything.items() if k not in left_out}
         return json.loads(json.dumps(kept))
 
 

@@ -8,7 +8,7 @@ indexing, whose result has the channels-last layout that convolutions prefer.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -223,7 +223,6 @@ def train_on_grid(
     learning_rate: float,
     weight_decay: float,
     scale_learning_rate: float,
-    compiled: bool = False,
 ) -> GridTraining:
     """Train a prepared and calibrated model with the remedies of its config, in place; a cosine to 0, no warm-up.
 
@@ -245,7 +244,6 @@ def train_on_grid(
     )
     tracker = OscillationTracker(model, config.momentum, use_ema=config.use_ema)
     remedies = config.remedies()
-    forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
     history: list[dict[str, float]] = []
     model.train()
     start = time.perf_counter()
@@ -253,7 +251,7 @@ def train_on_grid(
         for group in optimizer.param_groups[:1]:
             group["lr"] = learning_rate * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
         extra = [term for r in remedies if (term := r.loss(model, step, steps)) is not None]
-        loss = nn.functional.cross_entropy(forward(pixels), labels)
+        loss = nn.functional.cross_entropy(model(pixels), labels)
         sum(extra, start=loss).backward()
         take_tick(tracker, remedies, step, steps)
         optimizer.step()

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from hf_oscqat.studies import cifar10
 from hf_oscqat.studies.base import show, write
 from hf_oscqat.studies.cifar10 import BUDGETS, METHODS, STUDY, Cell, Cifar10Settings, Table, Trial, cells, run
 from hf_oscqat.studies.small_images import PADDING, Images, Normaliser, load_small_images, training_batches
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 SMOKE = {"dataset_name": "digits", "budget": "smoke", "device": "cpu", "max_eval_samples": 40}
 
@@ -101,6 +104,16 @@ def test_results_of_another_protocol_are_refused(half_done):
         with pytest.raises(ValueError, match=r"made with other batch_size, epochs, .*expected"):
             run(settings)
         copied.unlink()
+
+
+def test_the_documented_table_is_made_of_its_cells():
+    result = run(Cifar10Settings(output_dir=str(DOCS / "studies" / "cifar10"), budget="cpu", table_only=True))
+    text = (DOCS / "results.md").read_text(encoding="utf-8")
+    for row in result.rows:
+        for key in ("before", "after", "oscillating_percent", "frozen_percent", "seconds", "missing_seeds"):
+            assert row[key] in text, key
+        for trial in row["trials"].split("; "):
+            assert trial.partition(": ")[2].rstrip("*") in text
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
