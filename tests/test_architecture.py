@@ -150,3 +150,9 @@ def test_public_names_exist():
     contract = """OscQATConfig prepare_qat calibrate quantizer_parameters model_parameters OscillationTracker
     dampening_loss reestimate_batchnorm OscQATTrainer OscQATTrainingArguments pack fake_quantize"""
     assert set(contract.split()) <= set(hf_oscqat.__all__)
+
+
+def test_test_modules_have_names_of_their_own():
+    """pytest imports them by their name alone, and would refuse the second of two."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) == len(set(names))

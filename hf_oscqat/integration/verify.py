@@ -515,7 +515,10 @@ def _load_model(source: str, sha: str | None, token: str | None) -> nn.Module:
         except OSError as error:
             if is_passing(error):
                 raise
-            raise CannotRerunError(f"{source} cannot be loaded: {error}") from error
+            reason = str(error).partition(" and thus")[0]
+            raise CannotRerunError(
+                f"got {source}, which cannot be loaded ({reason}), expected a packed checkpoint with model.safetensors"
+            ) from error
 
 
 def _check_device(device: str | None) -> None:
