@@ -31,6 +31,16 @@ PASSING = (408, 429, 500, 502, 503, 504)
 """HTTP statuses of a server that is busy or being restarted."""
 
 
+OF_THE_CLIENT = (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+"""What the client raises when the Hub says no, or need not be asked."""
+
+
 class HubError(ValueError):
     """The Hub cannot do what was asked; the message says why, and what to do."""
 
@@ -93,15 +103,8 @@ def explained(repo_id: str, doing: str, endpoint: str) -> Iterator[None]:
     """
     try:
         yield
-    except HubError:
-        raise
-    except (HfHubHTTPError, LocalTokenNotFoundError, HFValidationError, EntryNotFoundError, OSError) as error:
-        if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError | LocalTokenNotFoundError):
-            if not is_passing(error) and not isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-                raise
-        raise HubError(f"{doing} {repo_id}: {_meaning(error, repo_id, endpoint)}") from error
-    except (httpx.TransportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_passing(error):
+    except Exception as error:
+        if isinstance(error, HubError) or not (isinstance(error, OF_THE_CLIENT) or is_passing(error)):
             raise
         raise HubError(f"{doing} {repo_id}: {_meaning(error, repo_id, endpoint)}") from error
 

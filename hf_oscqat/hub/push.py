@@ -191,11 +191,14 @@ def commit(
         What was done, also where that turned out only after the answer was lost.
     """
     changed: tuple[str, ...] = ()
-    for attempt in range(1, TRIES + 1):
+    failure: Exception | None = None
+    for attempt in range(1, TRIES + 2):  # the last time it is only seen whether the one before came through
         head = str(patiently(lambda: api.repo_info(repo_id, revision=revision), f"reading {repo_id}").sha)
         wanted = changes(head)
         if not wanted:
             return Pushed(f"{api.endpoint}/{repo_id}", head, changed)
+        if failure is not None and attempt > TRIES:
+            raise failure
         changed = tuple(sorted(wanted))
         if create_pr and (found := _open_pull_request(api, repo_id, changes, title)) is not None:
             return Pushed(*found, changed)
@@ -215,10 +218,12 @@ def commit(
             return Pushed(str(done.pr_url or f"{api.endpoint}/{repo_id}"), done.oid, changed)
         except Exception as error:
             conflict = isinstance(error, HfHubHTTPError) and error.response.status_code in CONFLICTS
-            if attempt == TRIES or not (conflict or is_passing(error)):
+            if not (conflict or is_passing(error)):
                 raise
-            wait(attempt, f"the commit to {repo_id}", error)
-    raise AssertionError("the last attempt returns or raises")
+            failure = error
+            if attempt < TRIES:
+                wait(attempt, f"the commit to {repo_id}", error)
+    raise AssertionError("the last time returns or raises")
 
 
 def files_to_push(folder: Path) -> dict[str, Path]:

@@ -229,6 +229,14 @@ class TestFaults:
         assert len(hub.commits(REPO)) == 2
         assert set(pushed.changed) == FILES
 
+    def test_answer_lost_after_the_last_try_is_no_failure(self, hub, folder):
+        hub.create(REPO)
+        hub.fail("POST", "/commit/", times=4)
+        hub.fail("POST", "/commit/", status=None, after=True)
+        push_folder(folder, REPO)
+        assert_is(hub, folder)
+        assert len(hub.commits(REPO)) == 2
+
     def test_answer_lost_after_making_the_repository(self, hub, folder):
         hub.fail("POST", "/repos/create", status=None, after=True)
         push_folder(folder, REPO)
