@@ -1,0 +1,108 @@
+"""Other libraries at the same work, on digits: our own row, one that is missing, and one that was traced."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import bench, peers_accuracy
+from benchmarks.peers import Prepared
+from benchmarks.peers_accuracy import TracedModel, main
+from hf_oscqat.quantization.kernels import fused_kernels
+
+SMOKE = ["--dataset_name", "digits", "--budget", "smoke", "--max_eval_samples", "40", "--epochs", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    with fused_kernels(False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Folder of the study, so that its float model is trained once."""
+    return str(tmp_path_factory.mktemp("study"))
+
+
+def missing(model, images, bits):
+    import a_library_that_nobody_has  # noqa: F401
+
+
+def eight_bits(model, images, bits):
+    return Prepared(model, 8, "W8A8")
+
+
+def diverging(model, images, bits):
+    prepared = bench.ours(model, images, bits)
+    model.register_forward_hook(lambda module, args, output: output * (float("nan") if module.training else 1))
+    return prepared
+
+
+def test_rows_are_trained_or_say_why_not(study, tmp_path, capsys, monkeypatch):
+    for name, prepare in (("absent", missing), ("wider", eight_bits)):
+        monkeypatch.setitem(peers_accuracy.ROWS, name, bench.Row(prepare))
+    path = tmp_path / "made" / "peers.json"
+    options = [*SMOKE, "--output_dir", study, "--json", str(path), "--rows", "lsq", "absent", "wider"]
+    main([*options, "--bits", "3"])
+    found = main([*options, "--bits", "4", "--scale_learning_rates", "1e-5"])
+    assert json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(found))
+    assert list(found["widths"]) == ["3", "4"]
+    rows = found["widths"]["3"]["rows"]
+    assert list(rows) == ["lsq, 1e-05", "lsq, 0.001", "absent", "wider"]
+    assert rows["absent"] == {"reason": "not installed: No module named 'a_library_that_nobody_has'"}
+    assert rows["wider"] == {"reason": "it trains W8A8, not W3A3"}
+    assert list(found["widths"]["4"]["rows"]) == ["lsq, 1e-05", "absent", "wider"]
+    for row in (rows["lsq, 1e-05"], rows["lsq, 0.001"]):
+        assert row["steps"] == row["history"][-1]["step"] == 4
+        assert 0 <= row["before"] <= 100 >= row["after"] >= 0
+        assert 0 < row["packed_bytes"] < row["state_dict_bytes"]
+        assert row["step_median_s"] > 0 < row["peak_bytes"]
+    record = found["widths"]["3"]
+    assert record["command"].startswith("python training/benchmarks/peers_accuracy.py --dataset_name digits")
+    assert (record["test_images"], record["machine"]["threads"]) == (40, 1)
+    out = capsys.readouterr().out
+    assert "not run: it trains W8A8, not W3A3" in out
+    assert f"{rows['lsq, 0.001']['state_dict_bytes']:,}" in out
+
+
+def test_a_row_that_diverges_leaves_the_others(study, monkeypatch):
+    monkeypatch.setitem(peers_accuracy.ROWS, "nan", bench.Row(diverging))
+    monkeypatch.setattr(bench, "_check_gradients", lambda contender: None)
+    options = [*SMOKE, "--output_dir", study, "--bits", "3", "--scale_learning_rates", "1e-5"]
+    rows = main([*options, "--rows", "nan", "lsq"])["widths"]["3"]["rows"]
+    assert "it diverged" in rows["nan, 1e-05"]["reason"]
+    assert rows["lsq, 1e-05"]["steps"] == 4
+
+
+def test_a_traced_model_evaluates_with_its_statistics_and_takes_any_batch():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.ones(3))
+            self.register_buffer("var", torch.full((3,), 4.0))
+
+        def forward(self, x):
+            return nn.functional.batch_norm(x, self.mean, self.var, training=True).mean((2, 3))
+
+    x = torch.randn(5, 3, 2, 2)
+    model = TracedModel(torch.fx.symbolic_trace(Net()), batch_size=2)
+    assert model(x[:2]).mean(0).abs().max() < 1e-6
+    model.eval()
+    mean, var = model.graph.mean.clone(), model.graph.var.clone()
+    expected = nn.functional.batch_norm(x, mean, var).mean((2, 3))
+    torch.testing.assert_close(model(x), expected)
+    assert model.graph.mean.equal(mean)
+    model.train()
+    assert model(x[:2]).mean(0).abs().max() < 1e-6
+
+
+def test_options_are_checked(study):
+    for options, match in (
+        (["--bits", "9"], "widths from 2 to 8"),
+        (["--rows", "nobody"], "--rows"),
+        (["--budget", "none"], "--budget"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            main([*SMOKE, "--output_dir", study, *options])
