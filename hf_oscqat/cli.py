@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         # Bad input: the message is for the user, the traceback is not. A status of 1 would say that `evaluate` has
         # measured something else, so whatever else goes wrong there ends in 2 as well.
-        expected = isinstance(error, ValueError)
+        expected = isinstance(error, ValueError | PermissionError | FileNotFoundError | NotADirectoryError)
         if not expected and args.command != "evaluate":
             raise
         logging.getLogger(__name__).log(logging.DEBUG if expected else logging.ERROR, "", exc_info=True)
@@ -108,7 +108,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Nam
     push.add_argument("--private", action="store_true", default=None, help="make a private repository")
     push.add_argument("--create-pr", action="store_true", help="open a pull request")
     push.add_argument("--revision", help="the branch, made if it does not exist")
-    push.add_argument("--license", help="of the model, where its card states none")
+    push.add_argument("--license", help="of the model, instead of the one stated")
     push.add_argument("--message", help="title of the commit")
 
     card = command(
@@ -118,7 +118,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Nam
         "card runs/quickstart/packed",
     )
     card.add_argument("folder", help="what a run calls packed")
-    card.add_argument("--license", help="of the model, where results.json states none")
+    card.add_argument("--license", help="of the model, instead of the one stated")
 
     report = command(
         "report",

@@ -24,11 +24,13 @@ from hf_oscqat import OscQATConfig, OscQATTrainingArguments
 from hf_oscqat.config import check_keys
 from hf_oscqat.integration.data import DataArguments
 from hf_oscqat.integration.publish import command_line
+from hf_oscqat.remedies import REMEDIES
 
 USAGE = """usage: accelerate launch training/run_qat.py [RECIPE.yaml ..] [--KEY VALUE ..] [--quantization.KEY VALUE ..]
 
 Trains a timm model on a low-bit grid and writes a packed checkpoint. Recipes are merged in order, then the options.
---quantization.KEY takes every argument of hf_oscqat.OscQATConfig; the keys below are the rest.
+The quantization keys are the arguments of hf_oscqat.OscQATConfig, whose docstring explains them. docs/publishing.md
+says what is pushed to the Hub.
 """
 
 
@@ -139,7 +141,9 @@ def parse(argv: list[str]) -> Settings:
         SystemExit: after printing the help that was asked for.
     """
     if "--help" in argv or "-h" in argv:
-        sys.stdout.write(USAGE + _parser().format_help())
+        # Its own line of usage would be empty.
+        rest = _parser().format_help().partition("\n")[2].lstrip("\n")
+        sys.stdout.write(f"{USAGE}\nquantization:\n{_quantization_keys()}\n\n{rest}")
         raise SystemExit(0)
     first_option = next((i for i, token in enumerate(argv) if token.startswith("--")), len(argv))
     recipe: dict[str, Any] = {}
@@ -176,9 +180,33 @@ def parse(argv: list[str]) -> Settings:
         )
     for secret in SECRETS:
         recipe.pop(secret, None)
-    return Settings(
-        model, data, run, training, config, recipe, command_line(["training/run_qat.py", *argv], flat.get("hub_token"))
-    )
+    command = command_line(["python", "training/run_qat.py", *_for_others(argv)], flat.get("hub_token"))
+    return Settings(model, data, run, training, config, recipe, command)
+
+
+def _quantization_keys() -> str:
+    """List the arguments of `OscQATConfig` and of each remedy, with their defaults."""
+    written_by_pack = ("checkpoint_format", "format_version", "layers", "quant_method")
+    defaults = {key: value for key, value in OscQATConfig().to_dict().items() if key not in written_by_pack}
+    for remedy in REMEDIES:
+        defaults.pop(remedy, None)
+        chosen: dict[str, Any] = {remedy: {}}
+        settings = getattr(OscQATConfig(**chosen), remedy)
+        defaults |= {f"{remedy}.{field.name}": getattr(settings, field.name) for field in fields(settings)}
+    return "\n".join(f"  --quantization.{key} (default: {value})" for key, value in defaults.items())
+
+
+def _for_others(argv: list[str]) -> list[str]:
+    """The command line as others would give it: without where this run wrote and pushed."""
+    kept: list[str] = []
+    leaving_out = False
+    for token in argv:
+        if token.startswith("--"):
+            key = token.removeprefix("--").partition("=")[0].replace("-", "_")
+            leaving_out = key in ("output_dir", "push_to_hub") or key.startswith("hub_")
+        if not leaving_out:
+            kept.append(token)
+    return kept
 
 
 def _launched_processes() -> int:

@@ -8,10 +8,12 @@ packed checkpoint is loaded the way its users will and must compute what the tra
 again continues from the last checkpoint.
 """
 
+import errno
 import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -249,7 +251,17 @@ def _lock(output_dir: Path) -> Iterator[None]:
     Raises:
         ValueError: if another process holds it.
     """
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir.parent):  # rights alone do not say whether it can be written
+            pass
+        if output_dir.exists() and not output_dir.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+    except OSError as error:
+        raise ValueError(
+            f"got output_dir {output_dir}, which cannot be made ({error.strerror}), expected a folder that can be "
+            "written and beside which files can be: pass another --output_dir"
+        ) from error
     lock = FileLock(output_dir.with_name(f".{output_dir.name}.lock"))
     try:
         lock.acquire(timeout=0)

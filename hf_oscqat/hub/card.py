@@ -4,6 +4,7 @@ Cards are pushed again and again, and people edit them on the Hub. A card theref
 digest of each part as it was generated: a part that no longer matches was edited by a person and is kept.
 """
 
+import difflib
 import hashlib
 import json
 import logging
@@ -258,10 +259,16 @@ def card_of(folder: Path, *, license: str | None = None, repo_id: str | None = N
         ValueError: if there is neither, no licence, or one of the two cannot be read.
     """
     here = folder / CARD
-    results = read_results(folder)
+    results = read_results(folder) if (folder / "config.json").is_file() else None
     if results is None:
         if not here.is_file():
-            raise CardError(f"got {folder} without {CARD} and {RESULTS}, expected a packed checkpoint with its card")
+            inside = (folder / "packed" / RESULTS).is_file()
+            hint = f"; you may mean {folder / 'packed'}" if inside else ""
+            raise CardError(
+                f"got {folder} without {CARD} and {RESULTS}, expected a packed checkpoint with its card, as "
+                f"run_qat.py writes it{hint}. After training of your own, trainer.push_to_hub(license=..) makes one, "
+                "and so does model.push_to_hub(.., license=..)"
+            )
         text = here.read_text(encoding="utf-8")
         if not read_metadata(text, str(here)).get("license"):
             raise CardError(f"got {here} without a licence, expected `license: ..` among its metadata")
@@ -509,6 +516,13 @@ def _digest(value: Any) -> str:
 def _metadata(results: Mapping[str, Any]) -> ModelCardData:
     model, data, measured = results["model"], results["data"], results["accuracy"]["packed"]
     known = model["license"].lower() in LICENSES
+    if not known:
+        close = difflib.get_close_matches(model["license"].lower().replace(" ", "-"), LICENSES, n=1)
+        logger.warning(
+            "the Hub does not know the licence %r; it will be called 'other'%s",
+            model["license"],
+            f". Did you mean {close[0]!r}?" if close else "",
+        )
     card = ModelCardData(
         library_name="transformers",
         pipeline_tag=TASK,

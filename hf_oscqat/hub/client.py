@@ -45,6 +45,16 @@ class HubError(ValueError):
     """The Hub cannot do what was asked; the message says why, and what to do."""
 
 
+def check_repo_id(name: str) -> None:
+    """Refuse what is meant as a folder that is not there, before the Hub is asked about it.
+
+    Raises:
+        HubError: if it cannot be the name of a repository.
+    """
+    if name.count("/") != 1 or name[:1] in "/.~":
+        raise HubError(f"got {name!r}, expected a folder that exists, or a Hub id such as org/name")
+
+
 def is_passing(error: BaseException) -> bool:
     """Whether the same request may succeed later: the server is busy, or the connection broke."""
     status = _status(error)
@@ -120,7 +130,10 @@ def _meaning(error: BaseException, repo_id: str, endpoint: str) -> str:
     if isinstance(error, RepositoryNotFoundError):
         if "Invalid" in line and status == 401:
             return "the Hub does not accept the token: run `hf auth login`, or correct HF_TOKEN"
-        return "there is no such repository, or it is private and the token does not open it: check name and token"
+        return (
+            "there is no such repository, or it is private and the token does not open it: check name and token, "
+            "or the path if a folder was meant"
+        )
     if isinstance(error, RevisionNotFoundError):
         return f"it has no such revision: {line}"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):

@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_oscqat.checkpoint import FORMAT_VERSION, METADATA_KEY, CheckpointError
 from hf_oscqat.config import OscQATConfig
-from hf_oscqat.hub.client import explained, patiently
+from hf_oscqat.hub.client import check_repo_id, explained, patiently
 from hf_oscqat.hub.safetensors_file import File, LocalFile, TensorEntry, read_header, read_tensors
 from hf_oscqat.prepare import LayerDescription, describe, insert_quantizers
 from hf_oscqat.quantization.packed import FormatError, GridFormat, LayerFormat
@@ -123,6 +123,7 @@ def inspect_packed(source: str, *, revision: str | None = None, token: str | Non
     """
     if Path(source).is_dir():
         return _inspect_files(source, _local_files(Path(source)))
+    check_repo_id(source)
     api = HfApi(token=token)
     with explained(source, "looking at", api.endpoint):
         info = patiently(lambda: api.repo_info(source, revision=revision), f"reading {source}")

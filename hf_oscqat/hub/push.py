@@ -242,8 +242,7 @@ def files_to_push(folder: Path) -> dict[str, Path]:
         packed = False
     if not packed:
         raise ValueError(
-            f"got {folder}, expected a folder with a packed checkpoint: what a run writes to <output_dir>/packed, or "
-            "pack(model).save_pretrained(folder)"
+            f"got {folder}, expected a folder with a packed checkpoint, as a run writes it to <output_dir>/packed"
         )
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):

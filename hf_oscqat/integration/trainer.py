@@ -94,7 +94,7 @@ class OscQATTrainingArguments(TrainingArguments):
     decay_norm_and_bias: bool = field(default=True, metadata={"help": "Weight decay on biases and normalisation."})
     channels_last: bool = field(default=False, metadata={"help": "Use the channels_last memory format."})
     track_oscillations: bool = field(default=True, metadata={"help": "Keep oscillation statistics."})
-    record_oscillations: bool = field(default=True, metadata={"help": "Record them for `oscqat report OUTPUT_DIR`."})
+    record_oscillations: bool = field(default=True, metadata={"help": "Record oscillations for `oscqat report`."})
     record_steps: int = field(
         default=0, metadata={"help": "Steps between recordings; 0 takes a 200th of training, and 10 at least."}
     )
@@ -106,6 +106,12 @@ class OscQATTrainingArguments(TrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the weights' gradient norm; 0 does not."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not take."})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "As in DistributedDataParallel."})
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Push the packed checkpoint with its card when training has ended."}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository to push to: org/name; by default the name of output_dir."}
+    )
     hub_strategy: str = field(default="end", metadata={"help": "When to push to the Hub: only at the end."})
 
     def __post_init__(self) -> None:
@@ -157,6 +163,11 @@ class OscQATTrainer(ImageTrainer):
     def __init__(self, model: PreTrainedModel, args: OscQATTrainingArguments | None = None, **kwargs: Any) -> None:
         config = getattr(getattr(model, "config", None), "quantization_config", None)
         if not isinstance(config, OscQATConfig) or not any(True for _ in quantized_layers(model)):
+            if isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
+                raise ValueError(
+                    f"got a bare {type(model).__name__}, expected transformers' wrapper of a timm model, after "
+                    'hf_oscqat.prepare_qat: AutoModelForImageClassification.from_pretrained("timm/..") makes one'
+                )
             raise ValueError("got a model that is not prepared, expected one after hf_oscqat.prepare_qat")
         uncalibrated = [name for name, quantizer in quantizers(model) if not quantizer.calibrated]
         if uncalibrated:

@@ -28,7 +28,7 @@ from hf_oscqat.hub.card import (
     read_metadata,
     with_results,
 )
-from hf_oscqat.hub.client import explained, is_passing, patiently
+from hf_oscqat.hub.client import check_repo_id, explained, is_passing, patiently
 from hf_oscqat.hub.push import Pushed, commit, differences, digests_there, read_file
 from hf_oscqat.integration.data import (
     INTERPOLATIONS,
@@ -433,8 +433,7 @@ def _pinned_card(source: str, revision: str | None, token: str | None) -> tuple[
             hint = f": you may mean {inside.parent}" if inside.is_file() else ""
             raise CannotRerunError(f"got {source} without {CARD}, expected a card that claims something{hint}")
         return None, card.read_text(encoding="utf-8")
-    if "/" not in source:
-        raise CannotRerunError(f"got {source!r}, expected an existing folder, or a Hub id such as org/name")
+    check_repo_id(source)
     api = HfApi(token=token)
     with explained(source, "reading", api.endpoint):
         info = patiently(lambda: api.model_info(source, revision=revision), f"reading {source}")

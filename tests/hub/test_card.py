@@ -129,6 +129,11 @@ class TestMetadata:
         data = metadata_of(render_card(results))
         assert (data["license"], data["license_name"]) == ("other", "cvnets-license")
 
+    def test_mistyped_licence_is_pointed_out(self, results, caplog):
+        results["model"]["license"] = "apache 2.0"
+        assert metadata_of(render_card(results))["license"] == "other"
+        assert "Did you mean 'apache-2.0'?" in caplog.text
+
     def test_data_that_cannot_be_found_again_back_no_claim(self, results):
         results["data"]["evaluation"] = None
         card = render_card(results)

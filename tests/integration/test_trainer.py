@@ -502,6 +502,11 @@ def test_reestimation_takes_a_view_of_the_data_at_the_first_epoch(make_trainer):
     assert trainer.train_dataset.epoch == 3
 
 
+def test_bare_timm_model_is_refused_by_what_it_lacks(make_net):
+    with pytest.raises(ValueError, match="got a bare Sequential, expected transformers' wrapper"):
+        OscQATTrainer(model=make_net())
+
+
 class TestPush:
     REPO = "org/mbv2-w4a4-osc"
 

@@ -117,8 +117,9 @@ class TestFolder:
             verify(str(folder), **QUIET)
 
     def test_name_that_is_neither(self):
-        with pytest.raises(CannotRerunError, match="expected an existing folder, or a Hub id"):
-            verify("nothing")
+        for name in ("nothing", "runs/quickstart/packed", "./packed", "/packed"):
+            with pytest.raises(HubError, match="expected a folder that exists, or a Hub id such as org/name"):
+                verify(name)
 
     def test_folder_of_the_run_is_told_where_it_is(self, folder):
         with pytest.raises(CannotRerunError, match=f"you may mean {folder}"):

@@ -63,7 +63,14 @@ def test_token_is_written_nowhere(tmp_path, monkeypatch, capfd, caplog):
         assert token.encode() not in text
         assert other.encode() not in text
     command = json.loads((output_dir / "results.json").read_text())["run"]["command"]
-    assert "--hub_token '***'" in command
+    assert "--hub_" not in command
+
+
+@pytest.mark.parametrize("place", ["/proc/nothing", "file", "file/below"])
+def test_folder_that_cannot_be_written_is_refused(tmp_path, place):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="pass another --output_dir"):
+        main([*SETTINGS, "--output_dir", str(tmp_path / place)])
 
 
 def test_folder_that_another_run_writes_to_is_refused(tmp_path):
