@@ -258,6 +258,14 @@ class TestFaults:
         assert hub.files(REPO).keys() == FILES | set(["first.txt", "second.txt"][:times])
         assert len(hub.commits(REPO)) == 2 + times
 
+    @pytest.mark.parametrize("status", [409, 412])
+    def test_conflict_is_read_again(self, hub, folder, status):
+        hub.create(REPO)
+        hub.fail("POST", "/commit/", status=status, times=2)
+        push_folder(folder, REPO)
+        assert_is(hub, folder)
+        assert len(hub.commits(REPO)) == 2
+
     def test_somebody_who_commits_each_time_ends_in_an_error(self, hub, folder):
         hub.create(REPO)
         count = iter(range(99))
