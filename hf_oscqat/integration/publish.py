@@ -1,5 +1,6 @@
 """What a packed checkpoint is published with: results, card, pictures, recipe; and where its licence comes from."""
 
+import filecmp
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from hf_oscqat.hub.card import (
     render_card,
 )
 from hf_oscqat.hub.client import explained, patiently
+from hf_oscqat.hub.inspect import WEIGHTS
 from hf_oscqat.hub.push import Pushed, push_folder
 from hf_oscqat.prepare import describe
 from hf_oscqat.quantization.packed import PackedLayer
@@ -271,7 +273,7 @@ def push_model(
     Args:
         model: from `pack`, or loaded in packed form.
         repo_id: see `push_folder`.
-        license: needed where the model was not loaded from a folder whose card states it.
+        license: needed where the model was not loaded from a folder or repository whose card states it.
         commit_message: title of the commit.
         **push_arguments: see `push_folder`.
 
@@ -282,9 +284,11 @@ def push_model(
         folder = Path(temporary)
         model.save_pretrained(folder)
         beside = _loaded_from(model, push_arguments.get("token"))
-        for name in COMPANIONS:
-            if beside is not None and (beside / name).is_file():
-                (folder / name).write_bytes((beside / name).read_bytes())
+        # They belong to those weights only: not to an older revision, and not to ones that were changed since.
+        if beside is not None and _same_weights(beside, folder):
+            for name in COMPANIONS:
+                if (beside / name).is_file():
+                    (folder / name).write_bytes((beside / name).read_bytes())
         if read_results(folder) is None and not (folder / CARD).is_file():
             results = plain_results(model, repo_id, license)
             results["bytes"]["packed"] = os.path.getsize(folder / "model.safetensors")
@@ -299,14 +303,13 @@ def _loaded_from(model: PreTrainedModel, token: str | None) -> Path | None:
         return Path(origin) if origin else None
     endpoint = HfApi().endpoint
     with explained(origin, "reading the card of", endpoint):
-        commit = getattr(model.config, "_commit_hash", None)
-        patterns = list(COMPANIONS)
-        return Path(
-            patiently(
-                lambda: snapshot_download(origin, revision=commit, allow_patterns=patterns, token=token),
-                f"reading {origin}",
-            )
-        )
+        patterns = [*COMPANIONS, WEIGHTS]
+        path = patiently(lambda: snapshot_download(origin, allow_patterns=patterns, token=token), f"reading {origin}")
+    return Path(path)
+
+
+def _same_weights(one: Path, other: Path) -> bool:
+    return (one / WEIGHTS).is_file() and filecmp.cmp(one / WEIGHTS, other / WEIGHTS, shallow=False)
 
 
 def plain_results(model: PreTrainedModel, name: str, license: str | None) -> dict[str, Any]:

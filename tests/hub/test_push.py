@@ -393,6 +393,15 @@ class TestModel:
         assert "99.9%" not in hub.files(REPO)[CARD].decode()
         assert hub.commits(REPO)[0] == "Packed"
 
+    def test_weights_that_were_changed_since_leave_their_card_behind(self, hub, folder):
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        with torch.no_grad():
+            model.timm_model.bn1.weight.mul_(2)
+        with pytest.raises(CardError, match="got no licence"):
+            model.push_to_hub(REPO)
+        model.push_to_hub(REPO, license="mit")
+        assert "was not measured" in hub.files(REPO)[CARD].decode()
+
     def test_loaded_from_one_repository_goes_to_another_with_its_card(self, hub, folder):
         push_folder(folder, REPO)
         AutoModelForImageClassification.from_pretrained(REPO).push_to_hub("org/other")
