@@ -73,7 +73,9 @@ class OscQATTrainingArguments(TrainingArguments):
     Args:
         weight_optimizer: "sgd" or "adamw" for everything but scales; scales always take Adam.
         momentum: of SGD.
-        scale_learning_rate: of Adam for scales and zero-points, constant over training.
+        scale_learning_rate: of Adam for scales and zero-points.
+        scale_lr_scheduler_type: "constant", as published, or "as_weights": the schedule of the weights' rate. Scales
+            that move on while the weights have come to rest keep pushing weights over thresholds to the end.
         decay_norm_and_bias: whether weight decay also acts on biases and normalisation, as in the published code.
         channels_last: use the memory format that GPUs with tensor cores prefer for convolutions.
         track_oscillations: keep oscillation statistics also when no remedy needs them, for the log and the report.
@@ -84,13 +86,16 @@ class OscQATTrainingArguments(TrainingArguments):
         compare_ranks_steps: every so many steps the processes compare weights, scales and statistics; 0 never does.
 
     Raises:
-        ValueError: if FSDP, DeepSpeed or another hub_strategy than "end" is asked for, `weight_optimizer` is unknown
-            or `record_steps` negative.
+        ValueError: if FSDP, DeepSpeed or another hub_strategy than "end" is asked for, `weight_optimizer` or
+            `scale_lr_scheduler_type` is unknown, or `record_steps` negative.
     """
 
     weight_optimizer: str = field(default="sgd", metadata={"help": "sgd or adamw, for everything but scales."})
     momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD."})
-    scale_learning_rate: float = field(default=1e-5, metadata={"help": "Adam's rate for scales, constant."})
+    scale_learning_rate: float = field(default=1e-5, metadata={"help": "Adam's rate for scales."})
+    scale_lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Schedule of the scales' rate: constant, as published, or as_weights."}
+    )
     decay_norm_and_bias: bool = field(default=True, metadata={"help": "Weight decay on biases and normalisation."})
     channels_last: bool = field(default=False, metadata={"help": "Use the channels_last memory format."})
     track_oscillations: bool = field(default=True, metadata={"help": "Keep oscillation statistics."})
@@ -123,6 +128,9 @@ class OscQATTrainingArguments(TrainingArguments):
             )
         if self.weight_optimizer not in ("sgd", "adamw"):
             raise ValueError(f"got weight_optimizer={self.weight_optimizer!r}, expected 'sgd' or 'adamw'")
+        if self.scale_lr_scheduler_type not in ("constant", "as_weights"):
+            got = self.scale_lr_scheduler_type
+            raise ValueError(f"got scale_lr_scheduler_type={got!r}, expected 'constant' or 'as_weights'")
         if self.record_steps < 0:
             raise ValueError(f"got record_steps={self.record_steps!r}, expected a number of steps, or 0")
         sharded = "DeepSpeed" if self.deepspeed else "FSDP" if self.fsdp else None
@@ -358,9 +366,10 @@ class OscQATTrainer(ImageTrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """Schedule the weights' learning rate; that of the scales stays constant, as published."""
+        """Schedule the weights' learning rate, and that of the scales if it is not to stay constant."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if isinstance(scheduler, LambdaLR):
+        args: OscQATTrainingArguments = self.args
+        if args.scale_lr_scheduler_type == "constant" and isinstance(scheduler, LambdaLR):
             count = len(self._weight_groups())
             for i in range(count, len(scheduler.lr_lambdas)):
                 scheduler.lr_lambdas[i] = _constant

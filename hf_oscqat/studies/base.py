@@ -6,13 +6,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
+from rich import box
+from rich.console import Console, JustifyMethod
 from rich.table import Table
+
+LONGEST_CELL = 40
+"""Characters in a cell of a printed table."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +91,23 @@ def write(study: Study, settings: Any, result: StudyResult) -> list[Path]:
 
 
 def show(study: Study, result: StudyResult, files: list[Path], console: Console | None = None) -> None:
-    """Print the table, the finding and where the files are."""
+    """Print the table, the finding and where the files are; what is too long for a cell comes below the table."""
     console = console or Console()
-    table = Table(title=study.question, title_justify="left")
+    table = Table(title=study.question, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    below = [column for column in result.rows[0] if any(len(_text(row[column])) > LONGEST_CELL for row in result.rows)]
     for column in result.rows[0]:
-        numeric = isinstance(result.rows[0][column], int | float)
-        table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
+        if column not in below:
+            justify: JustifyMethod = "right" if isinstance(result.rows[0][column], int | float) else "left"
+            one_word = all(" " not in _text(row[column]) for row in result.rows)
+            table.add_column(column.replace("_", " "), justify=justify, overflow="fold", no_wrap=one_word)
     for row in result.rows:
-        table.add_row(*(_text(value) for value in row.values()))
+        table.add_row(*(_text(value) for column, value in row.items() if column not in below))
     console.print(table)
+    for row in result.rows:
+        name = " ".join(takewhile(lambda value: isinstance(value, str), row.values()))
+        for column in below:
+            if row[column]:
+                console.print(f"{name}: {column.replace('_', ' ')}: {row[column]}", soft_wrap=True, highlight=False)
     console.print(result.finding)
     console.print(f"[dim]{study.source}. Written: {', '.join(map(str, files))}[/dim]", soft_wrap=True)
 

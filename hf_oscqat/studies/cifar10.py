@@ -147,37 +147,38 @@ BUDGETS: dict[str, Budget] = {
             "freezing": tuple(Trial(rate, s) for rate in (0.01, 0.033, 0.066) for s in (0.008, 0.015)),
         },
     ),
-    # What two cores finish in an hour.
+    # What two cores finish in three hours.
     "cpu": Budget(
-        networks={"mobilenetv2_035": ("W3A3",)},
-        model_args={},
-        stem_stride=1,
+        networks={"mobilenetv2_035": ("W3", "W3A3")},
+        model_args={"output_stride": 16},
+        stem_stride=2,
         train_images=None,
         held_out=5000,
-        float_epochs=8,
+        float_epochs=30,
         float_learning_rate=0.05,
-        float_weight_decay=1e-4,
+        float_weight_decay=3e-4,
         float_batch_size=64,
-        epochs=0.5,
-        tuning_epochs=0.25,
-        batch_size=32,
+        epochs=10,
+        tuning_epochs=1.5,
+        batch_size=64,
         weight_decay=2.5e-5,
         scale_learning_rate=1e-5,
         momentum=0.005,
         reestimation_batches=50,
         seeds=3,
         trials={
-            "lsq": tuple(Trial(rate) for rate in (0.003, 0.006, 0.01, 0.03, 0.1)),
-            "dampening": (Trial(0.003, 1.0), Trial(0.01, 1.0), Trial(0.03, 0.1), Trial(0.03, 1.0), Trial(0.1, 1.0)),
+            "lsq": tuple(Trial(rate) for rate in (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)),
+            "dampening": (
+                Trial(0.005, 0.1),
+                *(Trial(rate, strength) for rate in (0.01, 0.02) for strength in (0.1, 1.0)),
+                Trial(0.04, 1.0),
+            ),
             "freezing": (
-                Trial(0.003, 0.01),
-                Trial(0.01, 0.01),
-                Trial(0.03, 0.01),
-                Trial(0.03, 0.03),
-                Trial(0.1, 0.03),
+                Trial(0.005, 0.02),
+                *(Trial(rate, threshold) for rate in (0.01, 0.02) for threshold in (0.01, 0.02)),
+                Trial(0.04, 0.01),
             ),
         },
-        size=24,
     ),
     # Seconds, to see that it works; on any small images.
     "smoke": Budget(
@@ -221,6 +222,7 @@ class Cifar10Settings(DataArguments):
     seeds: list[int] = field(default_factory=list, metadata={"help": "Fill with these seeds only. Default: all."})
     again: bool = field(default=False, metadata={"help": "Train the chosen cells anew where they are done already."})
     table_only: bool = field(default=False, metadata={"help": "Train nothing; make the table of what there is."})
+    compile: bool = field(default=False, metadata={"help": "Train with torch.compile; a CPU needs a C++ compiler."})
     threads: int | None = field(default=None, metadata={"help": "Threads of a CPU. Default: torch's."})
 
     def __post_init__(self) -> None:
@@ -337,7 +339,9 @@ class Table:
         best = max(self.trials(cell), key=lambda trial: trial["after"])
         return Trial(best["learning_rate"], best["strength"])
 
-    def measure(self, cell: Cell, trial: Trial, epochs: float, images: Images) -> dict[str, Any]:
+    def measure(
+        self, cell: Cell, trial: Trial, epochs: float, images: Images, scale_lr_scheduler_type: str = "constant"
+    ) -> dict[str, Any]:
         """Train a cell, of the table or not, from the float model, and measure it on `images`; writes nothing."""
         b, device = self.budget, self.settings.torch_device
         weight_bits, activation_bits = cell.bits
@@ -363,6 +367,8 @@ class Table:
             learning_rate=trial.learning_rate,
             weight_decay=b.weight_decay,
             scale_learning_rate=b.scale_learning_rate,
+            scale_lr_scheduler_type=scale_lr_scheduler_type,
+            compiled=self.settings.compile,
         )
         before = accuracy(model, images, self.images.normalise)
         reestimate_batchnorm(model, (pixels for pixels, _ in self._some_batches(b.reestimation_batches, seed=0)))
@@ -410,6 +416,10 @@ class Table:
             torch.manual_seed(0)
             model = timm.create_model(network, num_classes=self.images.classes, **self.budget.model_args)
             model.conv_stem.stride = (self.budget.stem_stride, self.budget.stem_stride)
+            # timm's initialisation is for long training: with torch's smaller weights a short one gets further.
+            for layer in model.modules():
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                    layer.reset_parameters()
             model = model.to(self.settings.torch_device, memory_format=torch.channels_last)
             with self._lock(file, -1):
                 if self._read(file) is None:
@@ -423,7 +433,14 @@ class Table:
         steps = self._steps(b.float_epochs, b.float_batch_size)
         logger.info("float training of %s, %d steps", network, steps)
         batches = self._batches(b.float_batch_size, seed=0)
-        train_float(model, batches, steps, learning_rate=b.float_learning_rate, weight_decay=b.float_weight_decay)
+        train_float(
+            model,
+            batches,
+            steps,
+            learning_rate=b.float_learning_rate,
+            weight_decay=b.float_weight_decay,
+            compiled=self.settings.compile,
+        )
         weights.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
         return {
@@ -548,6 +565,7 @@ def _row(
         "before": summary("before"),
         "after": summary("after"),
         "oscillating_percent": summary("oscillating_percent", 3),
+        "scale_caused_percent": summary("scale_caused_percent", 0),
         "frozen_percent": summary("frozen_percent"),
         "seconds": summary("seconds", 0),
         "trials": "; ".join(_trial(trial, trial is best) for trial in trials),
@@ -564,8 +582,12 @@ def _trial(trial: dict[str, Any], is_best: bool) -> str:
 def _draw(found: dict[tuple[str, str, str], list[dict[str, Any] | None]]) -> Figure:
     there = {kind: [r for r in results if r is not None] for kind, results in found.items()}
     panels = [panel for panel in dict.fromkeys(kind[:2] for kind in there) if any(there[(*panel, m)] for m in METHODS)]
-    figure = Figure(figsize=(1.2 + 3.2 * len(panels), 5.4), dpi=150, layout="constrained")
-    axes: Any = figure.subplots(2, len(panels), squeeze=False)
+    if len(panels) == 1:
+        figure = Figure(figsize=(8.6, 3.2), dpi=150, layout="constrained")
+        axes: Any = figure.subplots(1, 2, squeeze=False).T
+    else:
+        figure = Figure(figsize=(1.2 + 3.2 * len(panels), 5.4), dpi=150, layout="constrained")
+        axes = figure.subplots(2, len(panels), squeeze=False)
     colours = dict(zip(METHODS, (BEFORE, FROZEN, OSCILLATING), strict=True))
     for column, panel in enumerate(panels):
         top, bottom = axes[:, column]

@@ -8,7 +8,7 @@ indexing, whose result has the channels-last layout that convolutions prefer.
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -170,10 +170,24 @@ def accuracy(model: nn.Module, images: Images, normalise: Normaliser, batch_size
     return 100 * hits / len(images)
 
 
+def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    # Dynamo gives up compiling after eight models of one class, unless it is told to forget the ones before.
+    torch.compiler.reset()
+    compiled: Callable[[Tensor], Tensor] = torch.compile(model)
+    return compiled
+
+
 def train_float(
-    model: nn.Module, batches: Batches, steps: int, *, learning_rate: float, weight_decay: float
+    model: nn.Module,
+    batches: Batches,
+    steps: int,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    compiled: bool = False,
 ) -> nn.Module:
     """Train with SGD, Nesterov's momentum, a tenth of the steps for warm-up and a cosine to 0 after it; in place."""
+    forward = _compiled(model) if compiled else model
     optimizer = torch.optim.SGD(
         model.parameters(), lr=learning_rate, momentum=0.9, weight_decay=weight_decay, nesterov=True
     )
@@ -185,7 +199,7 @@ def train_float(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     model.train()
     for step, (pixels, labels) in enumerate(islice(batches, steps), start=1):
-        loss = nn.functional.cross_entropy(model(pixels), labels)
+        loss = nn.functional.cross_entropy(forward(pixels), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -223,10 +237,13 @@ def train_on_grid(
     learning_rate: float,
     weight_decay: float,
     scale_learning_rate: float,
+    scale_lr_scheduler_type: str = "constant",
+    compiled: bool = False,
 ) -> GridTraining:
     """Train a prepared and calibrated model with the remedies of its config, in place; a cosine to 0, no warm-up.
 
-    Batch-norm statistics are left as training leaves them.
+    The rate of scales is constant, or with "as_weights" follows that cosine. Batch-norm statistics are left as they
+    are in the end.
 
     Raises:
         FloatingPointError: if the loss is not finite: the learning rate was too high.
@@ -242,16 +259,20 @@ def train_on_grid(
         adam_epsilon=1e-8,
         scale_learning_rate=scale_learning_rate,
     )
+    scheduled = [(group, group["lr"]) for group in optimizer.param_groups]
+    if scale_lr_scheduler_type == "constant":
+        del scheduled[1:]
+    forward = _compiled(model) if compiled else model
     tracker = OscillationTracker(model, config.momentum, use_ema=config.use_ema)
     remedies = config.remedies()
     history: list[dict[str, float]] = []
     model.train()
     start = time.perf_counter()
     for step, (pixels, labels) in enumerate(islice(batches, steps), start=1):
-        for group in optimizer.param_groups[:1]:
-            group["lr"] = learning_rate * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
+        for group, rate in scheduled:
+            group["lr"] = rate * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
         extra = [term for r in remedies if (term := r.loss(model, step, steps)) is not None]
-        loss = nn.functional.cross_entropy(model(pixels), labels)
+        loss = nn.functional.cross_entropy(forward(pixels), labels)
         sum(extra, start=loss).backward()
         take_tick(tracker, remedies, step, steps)
         optimizer.step()

@@ -144,6 +144,21 @@ def test_weights_follow_the_cosine_and_scales_stay(make_trainer):
     assert scales["lr"] == 1e-3
 
 
+def test_scales_can_follow_the_cosine_of_the_weights(make_trainer):
+    trainer = make_trainer(
+        learning_rate=0.01, scale_learning_rate=1e-3, scale_lr_scheduler_type="as_weights", lr_scheduler_type="cosine"
+    )
+    trainer.create_optimizer_and_scheduler(num_training_steps=10)
+    for _ in range(5):
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    *weights, scales = (group["lr"] for group in trainer.optimizer.param_groups)
+    assert weights == pytest.approx([0.005] * len(weights))
+    assert scales == pytest.approx(5e-4)
+    with pytest.raises(ValueError, match="got scale_lr_scheduler_type='linear', expected 'constant' or 'as_weights'"):
+        make_trainer(scale_lr_scheduler_type="linear")
+
+
 def test_weight_decay_can_spare_normalisation_and_biases(make_trainer):
     trainer = make_trainer(weight_decay=0.1, decay_norm_and_bias=False)
     decayed, spared = trainer._weight_groups()

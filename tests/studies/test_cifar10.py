@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_oscqat.integration.data import DataArguments
-from hf_oscqat.studies import cifar10
+from hf_oscqat.studies import cifar10, small_images
 from hf_oscqat.studies.base import show, write
 from hf_oscqat.studies.cifar10 import BUDGETS, METHODS, STUDY, Cell, Cifar10Settings, Table, Trial, cells, run
 from hf_oscqat.studies.small_images import PADDING, Images, Normaliser, load_small_images, training_batches
@@ -69,6 +69,24 @@ def test_the_same_cell_again_measures_the_same(half_done):
     assert first["steps"] == 2 * (64 // 16)
     assert first["images"] == 40
     assert first["history"][-1]["frozen_percent"] == first["frozen_percent"] > 0
+
+
+def test_scales_that_follow_the_weights_end_elsewhere(half_done):
+    table = Table(Cifar10Settings(**SMOKE, output_dir=str(half_done[0])))
+    cell, trial, images = Cell("test_efficientnet", "W3A3", "lsq", 0), Trial(0.1), table.images.held_out
+    schedules = ("constant", "as_weights", "as_weights")
+    losses = [table.measure(cell, trial, 1, images, schedule)["history"][-1]["loss"] for schedule in schedules]
+    assert losses[0] != losses[1] == losses[2]
+
+
+def test_with_compile_every_training_is_compiled(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(small_images, "_compiled", lambda model: compiled.append(model) or model)
+    options = {**SMOKE, "output_dir": str(tmp_path), "methods": ["lsq"], "seeds": [0]}
+    run(Cifar10Settings(**options, compile=True))
+    assert len(compiled) == 1 + len(BUDGETS["smoke"].trials["lsq"]) + 1
+    run(Cifar10Settings(**options, again=True))
+    assert len(compiled) == 4
 
 
 def test_the_best_trial_is_taken(half_done, monkeypatch):

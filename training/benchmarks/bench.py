@@ -113,12 +113,18 @@ def float_model(model: nn.Module, images: Tensor, bits: int) -> Prepared:
     return Prepared(model, None, "float")
 
 
-def ours(model: nn.Module, images: Tensor, bits: int) -> Prepared:
-    """Prepare with this package: W and A at `bits`, ends at 8 bits, per tensor, learned scales."""
-    prepare_qat(model, OscQATConfig(weight_bits=bits, activation_bits=bits))
+def ours(model: nn.Module, images: Tensor, bits: int, end_bits: int = 8) -> Prepared:
+    """Prepare with this package: W and A at `bits`, per tensor, learned scales; the image stays in float."""
+    prepare_qat(model, OscQATConfig(weight_bits=bits, activation_bits=bits, first_last_bits=end_bits))
     calibrate(model, [images])
     positive = [q.scale for _, q in quantizers(model) if isinstance(q.scale, nn.Parameter)]
-    return Prepared(model, bits, f"W{bits}A{bits}, per tensor, learned scales", quantizer_parameters(model), positive)
+    return Prepared(
+        model,
+        bits,
+        f"W{bits}A{bits}, per tensor, learned scales, ends at {end_bits} bits",
+        quantizer_parameters(model),
+        positive,
+    )
 
 
 ROWS: dict[str, Row] = {

@@ -111,11 +111,12 @@ def plain(model: nn.Module, images: Tensor, bits: int) -> Prepared:
     return Prepared(model, bits, f"W{bits}A{bits}, per tensor, learned scales", scales, scales)
 
 
-def brevitas(model: nn.Module, images: Tensor, bits: int) -> Prepared:
+def brevitas(model: nn.Module, images: Tensor, bits: int, end_bits: int | None = None) -> Prepared:
     """Brevitas: `layerwise_quantize` with its per-tensor integer quantizers, ranges by `calibration_mode`.
 
     W and A at `bits` in every layer, the image included; scales of both learned, started from statistics
     (`ScalingImplType.PARAMETER_FROM_STATS`; by default the scale of a weight is its maximum anew in each step).
+    With `end_bits` the first and the last layer have that width and the image stays float, as in this package.
     Source: xilinx.github.io/brevitas, "Getting started" and "Settings".
     """
     import brevitas.nn as qnn
@@ -124,19 +125,28 @@ def brevitas(model: nn.Module, images: Tensor, bits: int) -> Prepared:
     from brevitas.inject.enum import ScalingImplType
     from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat
 
-    quantizers = {
-        "weight_quant": Int8WeightPerTensorFloat.let(
-            bit_width=bits, scaling_impl_type=ScalingImplType.PARAMETER_FROM_STATS
-        ),
-        "input_quant": Int8ActPerTensorFloat.let(bit_width=bits),
-        "return_quant_tensor": False,
-    }
-    model = layerwise_quantize(
-        model, {nn.Conv2d: (qnn.QuantConv2d, quantizers), nn.Linear: (qnn.QuantLinear, quantizers)}
-    )
+    def replace(bits: int, but: list[str], *, image: bool = False) -> None:
+        quantizers = {
+            "weight_quant": Int8WeightPerTensorFloat.let(
+                bit_width=bits, scaling_impl_type=ScalingImplType.PARAMETER_FROM_STATS
+            ),
+            "input_quant": None if image else Int8ActPerTensorFloat.let(bit_width=bits),
+            "return_quant_tensor": False,
+        }
+        kinds = {nn.Conv2d: (qnn.QuantConv2d, quantizers), nn.Linear: (qnn.QuantLinear, quantizers)}
+        layerwise_quantize(model, kinds, but)
+
+    if end_bits is not None:
+        # What has been replaced is not replaced again: the ends come first.
+        layers = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+        replace(end_bits, layers[1:], image=True)
+        replace(end_bits, layers[:-1])
+    replace(bits, [])
     with torch.no_grad(), calibration_mode(model):
         model(images)
-    return Prepared(model, bits, f"W{bits}A{bits}, per tensor, learned scales", _named(model, "scaling_impl"))
+    ends = "every layer" if end_bits is None else f"ends at {end_bits} bits"
+    trains = f"W{bits}A{bits}, per tensor, learned scales, {ends}"
+    return Prepared(model, bits, trains, _named(model, "scaling_impl"))
 
 
 def aimet(model: nn.Module, images: Tensor, bits: int) -> Prepared:
@@ -163,7 +173,7 @@ def torch_fx(model: nn.Module, images: Tensor, bits: int) -> Prepared:
     """PyTorch's own FX graph mode: `prepare_qat_fx` with `_LearnableFakeQuantize`.
 
     W and A at `bits`, the image and the output included; per tensor, learned scales and zero-points, of activations
-    asymmetric. Batch-norm is fused into the convolutions, whose weights are scaled by it before they are rounded.
+    asymmetric. Batch-norm stays where it is: that of timm becomes a function in the graph, and only modules are fused.
     PyTorch calls the learnable module experimental, and both deprecated in favour of torchao.
     Source: docs.pytorch.org, "Quantization"; torch/ao/quantization/_learnable_fake_quantize.py.
     """

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import bench
 from benchmarks.measure import memory_of, spread, timed
-from benchmarks.peers import Prepared, Unavailable
+from benchmarks.peers import Prepared, Unavailable, brevitas
 from benchmarks.show import say, show_table
 from hf_oscqat import pack, reestimate_batchnorm
 from hf_oscqat.config import check_keys
@@ -46,7 +46,17 @@ from hf_oscqat.remedies.batchnorm import batchnorm_layers
 from hf_oscqat.studies.cifar10 import BUDGETS, Budget, Cifar10Settings, Table
 from hf_oscqat.studies.small_images import accuracy, training_batches
 
-DEFAULT_ROWS = ("lsq", "brevitas", "torchao-per-channel", "torchao", "aimet", "modelopt", "nncf")
+DEFAULT_ROWS = (
+    "lsq",
+    "lsq-every-layer",
+    "brevitas",
+    "brevitas-ends-8",
+    "torchao-per-channel",
+    "torchao",
+    "aimet",
+    "modelopt",
+    "nncf",
+)
 TRACED = ("torchao", "torchao-per-channel", "torch-fx")
 """Rows that are graphs traced in training."""
 LAST_STEPS = 50
@@ -99,7 +109,13 @@ def torchao_per_channel(model: nn.Module, images: Tensor, bits: int) -> Prepared
     return Prepared(model, bits, f"W{bits} per channel, A{bits} per tensor, learned scales", scales)
 
 
-ROWS = {**bench.ROWS, "torchao-per-channel": bench.Row(torchao_per_channel)}
+ROWS = {
+    **bench.ROWS,
+    # Which layers a library leaves at 8 bits decides more than the library: both ways of each.
+    "lsq-every-layer": bench.Row(lambda model, images, bits: bench.ours(model, images, bits, bits), ours=True),
+    "brevitas-ends-8": bench.Row(lambda model, images, bits: brevitas(model, images, bits, 8)),
+    "torchao-per-channel": bench.Row(torchao_per_channel),
+}
 
 
 @dataclass
