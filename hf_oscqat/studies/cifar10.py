@@ -77,6 +77,8 @@ class Budget:
         float_learning_rate: of SGD in float.
         float_weight_decay: of SGD in float.
         float_batch_size: images in a batch in float.
+        float_init: where float training starts: at timm's initialisation, or at torch's smaller weights, with which it
+            is stable at a higher rate and a short one gets further; "timm" or "torch".
         epochs: passes on the grid.
         tuning_epochs: the same for a trial.
         batch_size: images in a batch on the grid.
@@ -99,6 +101,7 @@ class Budget:
     float_learning_rate: float
     float_weight_decay: float
     float_batch_size: int
+    float_init: str
     epochs: float
     tuning_epochs: float
     batch_size: int
@@ -133,6 +136,7 @@ BUDGETS: dict[str, Budget] = {
         float_learning_rate=0.1,
         float_weight_decay=5e-4,
         float_batch_size=128,
+        float_init="torch",
         epochs=20,
         tuning_epochs=20,
         batch_size=128,
@@ -158,6 +162,7 @@ BUDGETS: dict[str, Budget] = {
         float_learning_rate=0.05,
         float_weight_decay=3e-4,
         float_batch_size=64,
+        float_init="torch",
         epochs=10,
         tuning_epochs=1.5,
         batch_size=64,
@@ -191,6 +196,7 @@ BUDGETS: dict[str, Budget] = {
         float_learning_rate=0.05,
         float_weight_decay=1e-4,
         float_batch_size=16,
+        float_init="timm",
         epochs=2,
         tuning_epochs=1,
         batch_size=16,
@@ -380,6 +386,8 @@ class Table:
             "images": len(images),
             "steps": steps,
             "packed_bytes": size,
+            "scale_lr_scheduler_type": scale_lr_scheduler_type,
+            "compile": self.settings.compile,
             **asdict(training),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()}",
             "versions": {name: version(name) for name in ("hf_oscqat", "torch", "timm")},
@@ -416,10 +424,10 @@ class Table:
             torch.manual_seed(0)
             model = timm.create_model(network, num_classes=self.images.classes, **self.budget.model_args)
             model.conv_stem.stride = (self.budget.stem_stride, self.budget.stem_stride)
-            # timm's initialisation is for long training: with torch's smaller weights a short one gets further.
-            for layer in model.modules():
-                if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                    layer.reset_parameters()
+            if self.budget.float_init == "torch":
+                for layer in model.modules():
+                    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                        layer.reset_parameters()
             model = model.to(self.settings.torch_device, memory_format=torch.channels_last)
             with self._lock(file, -1):
                 if self._read(file) is None:

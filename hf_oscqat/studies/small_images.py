@@ -218,7 +218,7 @@ class GridTraining:
         oscillating_percent: at the end.
         scale_caused_percent: of the last oscillations, those by a moving scale.
         frozen_percent: at the end.
-        seconds: of the steps alone.
+        seconds: of the steps, and of compiling for them.
     """
 
     history: list[dict[str, float]]
@@ -246,8 +246,12 @@ def train_on_grid(
     are in the end.
 
     Raises:
+        ValueError: if `scale_lr_scheduler_type` is unknown.
         FloatingPointError: if the loss is not finite: the learning rate was too high.
     """
+    if scale_lr_scheduler_type not in ("constant", "as_weights"):
+        got = scale_lr_scheduler_type
+        raise ValueError(f"got scale_lr_scheduler_type={got!r}, expected 'constant' or 'as_weights'")
     optimizer = create_optimizer(
         [{"params": list(model_parameters(model)), "weight_decay": weight_decay}],
         list(quantizer_parameters(model)),

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -71,12 +72,45 @@ def test_the_same_cell_again_measures_the_same(half_done):
     assert first["history"][-1]["frozen_percent"] == first["frozen_percent"] > 0
 
 
-def test_scales_that_follow_the_weights_end_elsewhere(half_done):
+@pytest.mark.parametrize("schedule", ["constant", "as_weights"])
+def test_scales_follow_the_weights_if_asked_to(half_done, monkeypatch, schedule):
     table = Table(Cifar10Settings(**SMOKE, output_dir=str(half_done[0])))
-    cell, trial, images = Cell("test_efficientnet", "W3A3", "lsq", 0), Trial(0.1), table.images.held_out
-    schedules = ("constant", "as_weights", "as_weights")
-    losses = [table.measure(cell, trial, 1, images, schedule)["history"][-1]["loss"] for schedule in schedules]
-    assert losses[0] != losses[1] == losses[2]
+    optimizers, rates = [], []
+
+    def create_optimizer(*args, **kwargs):
+        optimizers.append(small_images_optimizer(*args, **kwargs))
+        return optimizers[-1]
+
+    def take_tick(*args):
+        rates.append([group["lr"] for group in optimizers[-1].param_groups])
+        return small_images_tick(*args)
+
+    small_images_optimizer, small_images_tick = small_images.create_optimizer, small_images.take_tick
+    monkeypatch.setattr(small_images, "create_optimizer", create_optimizer)
+    monkeypatch.setattr(small_images, "take_tick", take_tick)
+    cell = Cell("test_efficientnet", "W3A3", "lsq", 0)
+    measured = table.measure(cell, Trial(0.1), 1, table.images.held_out, schedule)
+    cosine = [0.5 + 0.5 * math.cos(math.pi * step / 4) for step in range(4)]
+    assert [weights for weights, _ in rates] == pytest.approx([0.1 * f for f in cosine])
+    assert [s for _, s in rates] == pytest.approx([1e-5 * f if schedule == "as_weights" else 1e-5 for f in cosine])
+    assert measured["scale_lr_scheduler_type"] == schedule
+    with pytest.raises(ValueError, match="got scale_lr_scheduler_type='linear', expected 'constant' or 'as_weights'"):
+        table.measure(cell, Trial(0.1), 1, table.images.held_out, "linear")
+
+
+@pytest.mark.long
+def test_compiled_training_is_that_of_eager(half_done):
+    cell = Cell("test_efficientnet", "W3A3", "freezing", 0)
+    found = []
+    for compiled in (False, True):
+        table = Table(Cifar10Settings(**SMOKE, output_dir=str(half_done[0]), compile=compiled))
+        found.append(table.measure(cell, Trial(0.01, 0.06), 3, table.images.held_out))
+    eager, compiled = found
+    assert (eager["compile"], compiled["compile"]) == (False, True)
+    assert compiled["history"][0]["loss"] == pytest.approx(eager["history"][0]["loss"], rel=1e-3)
+    assert compiled["history"][-1]["loss"] == pytest.approx(eager["history"][-1]["loss"], rel=0.05)
+    assert compiled["frozen_percent"] == pytest.approx(eager["frozen_percent"], rel=0.2)
+    assert eager["frozen_percent"] > 0
 
 
 def test_with_compile_every_training_is_compiled(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -10,6 +11,7 @@ from benchmarks import bench, peers_accuracy
 from benchmarks.peers import Prepared
 from benchmarks.peers_accuracy import TracedModel, main
 from hf_oscqat.quantization.kernels import fused_kernels
+from hf_oscqat.quantization.layers import quantized_layers
 
 SMOKE = ["--dataset_name", "digits", "--budget", "smoke", "--max_eval_samples", "40", "--epochs", "1"]
 
@@ -106,3 +108,24 @@ def test_options_are_checked(study):
     ):
         with pytest.raises(ValueError, match=match):
             main([*SMOKE, "--output_dir", study, *options])
+
+
+@pytest.mark.parametrize(("name", "ends"), [("lsq", 8), ("lsq-every-layer", 3)])
+def test_rows_of_this_package_differ_in_the_width_of_the_ends(name, ends):
+    torch.manual_seed(0)
+    net = timm.create_model("test_efficientnet", num_classes=10)
+    prepared = peers_accuracy.ROWS[name].prepare(net, torch.randn(4, 3, 32, 32), 3)
+    widths = [layer.weight_quantizer.num_bits for _, layer in quantized_layers(prepared.model)]
+    assert (widths[0], widths[-1], set(widths[1:-1])) == (ends, ends, {3})
+    assert prepared.trains.endswith(f"ends at {ends} bits")
+
+
+@pytest.mark.parametrize(("name", "ends"), [("brevitas", 3), ("brevitas-ends-8", 8)])
+def test_rows_of_brevitas_differ_in_the_width_of_the_ends(name, ends):
+    pytest.importorskip("brevitas", reason="pip install -e .[bench]")
+    net = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(4)])
+    prepared = peers_accuracy.ROWS[name].prepare(net, torch.randn(4, 3, 8, 8), 3)
+    layers = list(prepared.model)
+    assert [int(layer.weight_quant.bit_width()) for layer in layers] == [ends, 3, 3, ends]
+    assert layers[0].input_quant.is_quant_enabled == (name == "brevitas")
+    assert all(layer.input_quant.is_quant_enabled for layer in layers[1:])

@@ -111,7 +111,7 @@ def torchao_per_channel(model: nn.Module, images: Tensor, bits: int) -> Prepared
 
 ROWS = {
     **bench.ROWS,
-    # Which layers a library leaves at 8 bits decides more than the library: both ways of each.
+    # This package leaves the ends at 8 bits and brevitas does not: each also with the ends of the other.
     "lsq-every-layer": bench.Row(lambda model, images, bits: bench.ours(model, images, bits, bits), ours=True),
     "brevitas-ends-8": bench.Row(lambda model, images, bits: brevitas(model, images, bits, 8)),
     "torchao-per-channel": bench.Row(torchao_per_channel),
