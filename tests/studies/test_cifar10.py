@@ -166,6 +166,11 @@ def test_the_documented_table_is_made_of_its_cells():
             assert row[key] in text, key
         for trial in row["trials"].split("; "):
             assert trial.partition(": ")[2].rstrip("*") in text
+        if row["seeds"]:
+            assert f"| {row['before']} | {row['after']} |" in (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    for file in (DOCS / "studies" / "cifar10" / "extra").iterdir():
+        measured = json.loads(file.read_text(encoding="utf-8"))
+        assert all(f"{measured[key]:.2f}" in text for key in ("before", "after")), file.name
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
