@@ -13,6 +13,9 @@ from torch.optim import Adam, Optimizer
 
 from hf_oscqat.quantization.functional import MIN_SCALE
 
+SCALE_SCHEDULES = ("constant", "as_weights")
+"""Schedules of the scales' rate: the published one, and that of the weights' rate."""
+
 
 class OscQATOptimizer(Optimizer):
     """Steps the weights with one optimizer and the scales with another.

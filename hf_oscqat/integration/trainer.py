@@ -27,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_oscqat.config import OscQATConfig
+from hf_oscqat.config import OscQATConfig, check_keys
 from hf_oscqat.diagnosis import compare_ranks, dead_quantizers, not_finite, scales_at_minimum
 from hf_oscqat.hub.push import check_push, push_folder
 from hf_oscqat.integration.checkpoints import whole_folder
@@ -35,7 +35,7 @@ from hf_oscqat.integration.data import randomness_of
 from hf_oscqat.integration.evaluate import accuracy_metrics, keep_top5
 from hf_oscqat.integration.export import pack
 from hf_oscqat.integration.image_trainer import ImageTrainer
-from hf_oscqat.integration.optimizer import create_optimizer
+from hf_oscqat.integration.optimizer import SCALE_SCHEDULES, create_optimizer
 from hf_oscqat.integration.publish import (
     command_line,
     oscillation_facts,
@@ -128,9 +128,7 @@ class OscQATTrainingArguments(TrainingArguments):
             )
         if self.weight_optimizer not in ("sgd", "adamw"):
             raise ValueError(f"got weight_optimizer={self.weight_optimizer!r}, expected 'sgd' or 'adamw'")
-        if self.scale_lr_scheduler_type not in ("constant", "as_weights"):
-            got = self.scale_lr_scheduler_type
-            raise ValueError(f"got scale_lr_scheduler_type={got!r}, expected 'constant' or 'as_weights'")
+        check_keys([self.scale_lr_scheduler_type], SCALE_SCHEDULES, "scale_lr_scheduler_type")
         if self.record_steps < 0:
             raise ValueError(f"got record_steps={self.record_steps!r}, expected a number of steps, or 0")
         sharded = "DeepSpeed" if self.deepspeed else "FSDP" if self.fsdp else None

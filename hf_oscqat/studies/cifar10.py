@@ -14,8 +14,9 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -33,6 +34,7 @@ from torch import nn
 from hf_oscqat.config import OscQATConfig, check_keys
 from hf_oscqat.integration.data import DataArguments
 from hf_oscqat.integration.export import pack
+from hf_oscqat.integration.optimizer import SCALE_SCHEDULES
 from hf_oscqat.prepare import calibrate, prepare_qat
 from hf_oscqat.remedies.batchnorm import reestimate_batchnorm
 from hf_oscqat.report.pictures import AFTER, BEFORE, FROZEN, OSCILLATING, tidy
@@ -64,13 +66,26 @@ Grid = dict[str, tuple[Trial, ...]]
 
 
 @dataclass(frozen=True)
+class Network:
+    """What is trained of a timm network, and how it is adapted to small images.
+
+    Args:
+        widths: to train at, such as W4A4, or W3 for weights only.
+        stem_stride: of the first convolution, which has 2 as published: too coarse for most small images.
+        model_args: further arguments of `timm.create_model`.
+    """
+
+    widths: tuple[str, ...]
+    stem_stride: int
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Budget:
     """How much is trained; all that decides what a cell measures.
 
     Args:
-        networks: timm name -> widths to train at, such as W4A4, or W3 for weights only.
-        model_args: further arguments of `timm.create_model`.
-        stem_stride: of the first convolution, which has 2 as published: too coarse for small images.
+        networks: by timm name.
         train_images: at most so many images of the training split are used, None for all.
         held_out: how many of these are for the trials.
         float_epochs: passes in float.
@@ -84,6 +99,7 @@ class Budget:
         batch_size: images in a batch on the grid.
         weight_decay: of SGD on the grid.
         scale_learning_rate: of Adam for scales.
+        scale_lr_scheduler_type: its schedule, "constant" as published or "as_weights".
         momentum: of the oscillation tracker.
         reestimation_batches: batches that batch-norm is re-estimated from.
         seeds: trainings of each kind.
@@ -92,9 +108,7 @@ class Budget:
         mirror: whether training images are mirrored.
     """
 
-    networks: dict[str, tuple[str, ...]]
-    model_args: dict[str, Any]
-    stem_stride: int
+    networks: dict[str, Network]
     train_images: int | None
     held_out: int
     float_epochs: float
@@ -113,6 +127,7 @@ class Budget:
     trials: Grid
     size: int = 32
     mirror: bool = True
+    scale_lr_scheduler_type: str = "constant"
 
 
 METHODS: dict[str, Callable[[float, float], dict[str, Any]]] = {
@@ -127,9 +142,10 @@ METHODS: dict[str, Callable[[float, float], dict[str, Any]]] = {
 BUDGETS: dict[str, Budget] = {
     # The whole protocol. 20 epochs, 3 seeds and batches of 128 are the paper's, for its ablations.
     "gpu": Budget(
-        networks={"mobilenetv2_100": ("W4A4", "W3A3", "W3"), "efficientnet_lite0": ("W3A3",)},
-        model_args={"output_stride": 16},
-        stem_stride=1,
+        networks={
+            "mobilenetv2_100": Network(("W4A4", "W3A3", "W3"), stem_stride=1, model_args={"output_stride": 16}),
+            "efficientnet_lite0": Network(("W3A3",), stem_stride=1, model_args={"output_stride": 16}),
+        },
         train_images=None,
         held_out=5000,
         float_epochs=150,
@@ -151,11 +167,13 @@ BUDGETS: dict[str, Budget] = {
             "freezing": tuple(Trial(rate, s) for rate in (0.01, 0.033, 0.066) for s in (0.008, 0.015)),
         },
     ),
-    # What two cores finish in three hours.
+    # What two cores finish in half a day.
     "cpu": Budget(
-        networks={"mobilenetv2_035": ("W3", "W3A3")},
-        model_args={"output_stride": 16},
-        stem_stride=2,
+        networks={
+            "mobilenetv2_035": Network(("W3", "W3A3"), stem_stride=2, model_args={"output_stride": 16}),
+            # timm's MobileNetV3 takes no output_stride.
+            "mobilenetv3_small_050": Network(("W3A3",), stem_stride=1),
+        },
         train_images=None,
         held_out=5000,
         float_epochs=30,
@@ -187,9 +205,7 @@ BUDGETS: dict[str, Budget] = {
     ),
     # Seconds, to see that it works; on any small images.
     "smoke": Budget(
-        networks={"test_efficientnet": ("W3A3",)},
-        model_args={},
-        stem_stride=1,
+        networks={"test_efficientnet": Network(("W3A3",), stem_stride=1)},
         train_images=96,
         held_out=32,
         float_epochs=2,
@@ -230,6 +246,10 @@ class Cifar10Settings(DataArguments):
     table_only: bool = field(default=False, metadata={"help": "Train nothing; make the table of what there is."})
     compile: bool = field(default=False, metadata={"help": "Train with torch.compile; a CPU needs a C++ compiler."})
     threads: int | None = field(default=None, metadata={"help": "Threads of a CPU. Default: torch's."})
+    scale_lr_scheduler_type: str = field(
+        default="constant",
+        metadata={"help": "Rate of the scales: constant as published, or as_weights; a table of its own in a folder."},
+    )
 
     def __post_init__(self) -> None:
         if not self.table_only:
@@ -237,9 +257,10 @@ class Cifar10Settings(DataArguments):
         check_keys([self.budget], BUDGETS, "--budget")
         budget = BUDGETS[self.budget]
         check_keys(self.networks, budget.networks, f"--networks of budget {self.budget}")
-        widths = {width for of_one in budget.networks.values() for width in of_one}
+        widths = {width for network in budget.networks.values() for width in network.widths}
         check_keys(self.widths, widths, f"--widths of budget {self.budget}")
         check_keys(self.methods, METHODS, "--methods")
+        check_keys([self.scale_lr_scheduler_type], SCALE_SCHEDULES, "--scale_lr_scheduler_type")
         if wrong := [seed for seed in self.seeds if seed not in range(budget.seeds)]:
             raise ValueError(f"got --seeds {wrong}, expected some of 0 to {budget.seeds - 1} in budget {self.budget}")
 
@@ -278,8 +299,8 @@ def cells(budget: Budget) -> list[Cell]:
     """Every cell of the table, one seed after the other, so that a table that is stopped has rows of equal length."""
     return [
         Cell(network, width, method, seed)
-        for network, widths in budget.networks.items()
-        for width in widths
+        for network, adapted in budget.networks.items()
+        for width in adapted.widths
         for seed in range(budget.seeds)
         for method in METHODS
     ]
@@ -298,7 +319,7 @@ class Table:
 
     def __init__(self, settings: Cifar10Settings) -> None:
         self.settings = settings
-        self.budget = BUDGETS[settings.budget]
+        self.budget = replace(BUDGETS[settings.budget], scale_lr_scheduler_type=settings.scale_lr_scheduler_type)
         self.folder = Path(settings.output_dir)
         self._images: SmallImages | None = None
         self._float_models: dict[str, nn.Module] = {}
@@ -345,11 +366,9 @@ class Table:
         best = max(self.trials(cell), key=lambda trial: trial["after"])
         return Trial(best["learning_rate"], best["strength"])
 
-    def measure(
-        self, cell: Cell, trial: Trial, epochs: float, images: Images, scale_lr_scheduler_type: str = "constant"
-    ) -> dict[str, Any]:
+    def measure(self, cell: Cell, trial: Trial, epochs: float, images: Images) -> dict[str, Any]:
         """Train a cell, of the table or not, from the float model, and measure it on `images`; writes nothing."""
-        b, device = self.budget, self.settings.torch_device
+        b = self.budget
         weight_bits, activation_bits = cell.bits
         config = OscQATConfig(
             weight_bits=weight_bits,
@@ -373,7 +392,7 @@ class Table:
             learning_rate=trial.learning_rate,
             weight_decay=b.weight_decay,
             scale_learning_rate=b.scale_learning_rate,
-            scale_lr_scheduler_type=scale_lr_scheduler_type,
+            scales_as_weights=b.scale_lr_scheduler_type == "as_weights",
             compiled=self.settings.compile,
         )
         before = accuracy(model, images, self.images.normalise)
@@ -386,12 +405,8 @@ class Table:
             "images": len(images),
             "steps": steps,
             "packed_bytes": size,
-            "scale_lr_scheduler_type": scale_lr_scheduler_type,
-            "compile": self.settings.compile,
             **asdict(training),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()}",
-            "versions": {name: version(name) for name in ("hf_oscqat", "torch", "timm")},
-            "date": date.today().isoformat(),
+            **self._conditions(),
         }
 
     def _finish(self, jobs: dict[Path, Callable[[], dict[str, Any]]]) -> None:
@@ -422,8 +437,9 @@ class Table:
             file = self.folder / "float" / f"{network}.json"
             weights = file.with_suffix(".safetensors")
             torch.manual_seed(0)
-            model = timm.create_model(network, num_classes=self.images.classes, **self.budget.model_args)
-            model.conv_stem.stride = (self.budget.stem_stride, self.budget.stem_stride)
+            adapted = self.budget.networks[network]
+            model = timm.create_model(network, num_classes=self.images.classes, **adapted.model_args)
+            model.conv_stem.stride = (adapted.stem_stride, adapted.stem_stride)
             if self.budget.float_init == "torch":
                 for layer in model.modules():
                     if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -441,6 +457,7 @@ class Table:
         steps = self._steps(b.float_epochs, b.float_batch_size)
         logger.info("float training of %s, %d steps", network, steps)
         batches = self._batches(b.float_batch_size, seed=0)
+        start = time.perf_counter()
         train_float(
             model,
             batches,
@@ -449,6 +466,7 @@ class Table:
             weight_decay=b.float_weight_decay,
             compiled=self.settings.compile,
         )
+        seconds = time.perf_counter() - start
         weights.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
         return {
@@ -456,6 +474,18 @@ class Table:
             "test": accuracy(model, self.images.test, self.images.normalise),
             "held_out": accuracy(model, self.images.held_out, self.images.normalise),
             "steps": steps,
+            "seconds": seconds,
+            **self._conditions(),
+        }
+
+    def _conditions(self) -> dict[str, Any]:
+        """What decides the time that a training takes, and the last digits of what it measures."""
+        device = self.settings.torch_device
+        return {
+            "compile": self.settings.compile,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()}",
+            "versions": {name: version(name) for name in ("hf_oscqat", "torch", "timm")},
+            "date": date.today().isoformat(),
         }
 
     @property
@@ -496,7 +526,7 @@ class Table:
         if not file.is_file():
             return None
         content = json.loads(file.read_text(encoding="utf-8"))
-        own = self._protocol(file.parent.name)
+        own = self._protocol(file.parent.name, content["network"])
         differing = sorted(key for key in own if content["protocol"].get(key) != own[key])
         if differing:
             raise ValueError(
@@ -508,20 +538,22 @@ class Table:
     def _write(self, file: Path, content: dict[str, Any]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_suffix(f".{os.getpid()}.new")
-        text = json.dumps({**content, "protocol": self._protocol(file.parent.name)}, indent=1)
+        text = json.dumps({**content, "protocol": self._protocol(file.parent.name, content["network"])}, indent=1)
         beside.write_text(text + "\n", encoding="utf-8")
         beside.rename(file)
 
-    def _protocol(self, part: str) -> dict[str, Any]:
-        """What decides results in `float/`, `trials/` or `cells/`; not how many of them there are."""
+    def _protocol(self, part: str, network: str) -> dict[str, Any]:
+        """What decides results of a network in `float/`, `trials/` or `cells/`; not how many of them there are."""
         everything = asdict(self.budget)
-        data = ("train_images", "held_out", "size", "mirror")
+        adapted = everything.pop("networks").get(network, {})
+        kept = {key: adapted.get(key) for key in ("model_args", "stem_stride")}
         if part == "float":
-            kept = {k: v for k, v in everything.items() if k in (*data, "model_args", "stem_stride") or "float" in k}
+            data = ("train_images", "held_out", "size", "mirror")
+            kept |= {k: v for k, v in everything.items() if k in data or "float" in k}
         else:
             # More trials leave those that were made valid, but not what was trained with the best of them.
-            left_out = {"networks", "seeds"} | ({"trials", "epochs"} if part == "trials" else set())
-            kept = {k: v for k, v in everything.items() if k not in left_out}
+            left_out = {"seeds"} | ({"trials", "epochs"} if part == "trials" else set())
+            kept |= {k: v for k, v in everything.items() if k not in left_out}
         return json.loads(json.dumps(kept))
 
 

@@ -237,21 +237,17 @@ def train_on_grid(
     learning_rate: float,
     weight_decay: float,
     scale_learning_rate: float,
-    scale_lr_scheduler_type: str = "constant",
+    scales_as_weights: bool = False,
     compiled: bool = False,
 ) -> GridTraining:
     """Train a prepared and calibrated model with the remedies of its config, in place; a cosine to 0, no warm-up.
 
-    The rate of scales is constant, or with "as_weights" follows that cosine. Batch-norm statistics are left as they
-    are in the end.
+    The rate of scales is constant, or with `scales_as_weights` follows that cosine. Batch-norm statistics are left as
+    they are in the end.
 
     Raises:
-        ValueError: if `scale_lr_scheduler_type` is unknown.
         FloatingPointError: if the loss is not finite: the learning rate was too high.
     """
-    if scale_lr_scheduler_type not in ("constant", "as_weights"):
-        got = scale_lr_scheduler_type
-        raise ValueError(f"got scale_lr_scheduler_type={got!r}, expected 'constant' or 'as_weights'")
     optimizer = create_optimizer(
         [{"params": list(model_parameters(model)), "weight_decay": weight_decay}],
         list(quantizer_parameters(model)),
@@ -264,7 +260,7 @@ def train_on_grid(
         scale_learning_rate=scale_learning_rate,
     )
     scheduled = [(group, group["lr"]) for group in optimizer.param_groups]
-    if scale_lr_scheduler_type == "constant":
+    if not scales_as_weights:
         del scheduled[1:]
     forward = _compiled(model) if compiled else model
     tracker = OscillationTracker(model, config.momentum, use_ema=config.use_ema)

@@ -74,7 +74,7 @@ def test_the_same_cell_again_measures_the_same(half_done):
 
 @pytest.mark.parametrize("schedule", ["constant", "as_weights"])
 def test_scales_follow_the_weights_if_asked_to(half_done, monkeypatch, schedule):
-    table = Table(Cifar10Settings(**SMOKE, output_dir=str(half_done[0])))
+    table = Table(Cifar10Settings(**SMOKE, output_dir=str(half_done[0]), scale_lr_scheduler_type=schedule))
     optimizers, rates = [], []
 
     def create_optimizer(*args, **kwargs):
@@ -89,13 +89,18 @@ def test_scales_follow_the_weights_if_asked_to(half_done, monkeypatch, schedule)
     monkeypatch.setattr(small_images, "create_optimizer", create_optimizer)
     monkeypatch.setattr(small_images, "take_tick", take_tick)
     cell = Cell("test_efficientnet", "W3A3", "lsq", 0)
-    measured = table.measure(cell, Trial(0.1), 1, table.images.held_out, schedule)
+    table.measure(cell, Trial(0.1), 1, table.images.held_out)
     cosine = [0.5 + 0.5 * math.cos(math.pi * step / 4) for step in range(4)]
     assert [weights for weights, _ in rates] == pytest.approx([0.1 * f for f in cosine])
     assert [s for _, s in rates] == pytest.approx([1e-5 * f if schedule == "as_weights" else 1e-5 for f in cosine])
-    assert measured["scale_lr_scheduler_type"] == schedule
-    with pytest.raises(ValueError, match="got scale_lr_scheduler_type='linear', expected 'constant' or 'as_weights'"):
-        table.measure(cell, Trial(0.1), 1, table.images.held_out, "linear")
+
+
+def test_one_folder_has_one_schedule_of_the_scales(half_done):
+    settings = Cifar10Settings(
+        output_dir=str(half_done[0]), budget="smoke", table_only=True, scale_lr_scheduler_type="as_weights"
+    )
+    with pytest.raises(ValueError, match="made with other scale_lr_scheduler_type, expected"):
+        run(settings)
 
 
 @pytest.mark.long
@@ -185,6 +190,7 @@ def test_an_empty_folder_is_an_error(tmp_path):
         ({"methods": ["dampenning"]}, "Did you mean 'dampening'"),
         ({"widths": ["W2"]}, "got unknown key 'W2'"),
         ({"networks": ["resnet18"]}, "got unknown key 'resnet18'"),
+        ({"scale_lr_scheduler_type": "as_weight"}, "Did you mean 'as_weights'"),
         ({"seeds": [7]}, "expected some of 0 to 1 in budget smoke"),
         ({"dataset_name": None}, "expected one source of images"),
     ],
