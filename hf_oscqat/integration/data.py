@@ -539,7 +539,8 @@ def _load_tables(args: DataArguments) -> dict[str, "datasets.Dataset"]:
     except (OSError, ValueError, RuntimeError, IndexError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"Cannot load the dataset '{name}': {type(error).__name__}: {error} Expected a dataset on the Hub, a "
-            "local folder or 'digits'; check --dataset_name, --dataset_config_name and --dataset_revision."
+            "local folder or 'digits'; check this name, its configuration "
+            f"({args.dataset_config_name or 'default'}) and its revision ({args.dataset_revision or 'newest'})."
         ) from error
     if isinstance(loaded, datasets.Dataset):
         return {str(loaded.split or args.train_split): loaded}

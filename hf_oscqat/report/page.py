@@ -79,10 +79,12 @@ def write_report(
         The page. For one run, `oscillation.png`, `distances.png` and `layers.png` lie beside it.
 
     Raises:
-        ValueError: if there is nothing recorded in a folder, or not one folder or two are given.
+        ValueError: if there is nothing recorded in a folder, or not one folder or two different ones are given.
     """
     if not 1 <= len(run_dirs) <= 2:
         raise ValueError(f"got {len(run_dirs)} folders, expected that of one run, or of two to compare")
+    if len({Path(run_dir).resolve() for run_dir in run_dirs}) < len(run_dirs):
+        raise ValueError(f"got {run_dirs[0]} twice, expected two runs to compare")
     recordings = [read_recording(run_dir) for run_dir in run_dirs]
     if output is None:
         folder = Path(run_dirs[0])

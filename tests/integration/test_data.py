@@ -247,7 +247,7 @@ def test_arguments_out_of_range(name, value):
 
 
 def test_unknown_dataset_path(tmp_path):
-    with pytest.raises(data.DataError, match=r"Cannot load the dataset '.*nowhere'.*check --dataset_name"):
+    with pytest.raises(data.DataError, match=r"Cannot load the dataset '.*nowhere'.*check this name"):
         load(dataset_name=str(tmp_path / "nowhere"))
 
 

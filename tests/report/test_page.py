@@ -161,3 +161,9 @@ def test_names_are_text_and_no_markup(make_recording, tmp_path):
 def test_three_runs_are_refused(one):
     with pytest.raises(ValueError, match="got 3 folders, expected that of one run, or of two"):
         write_report([one.parent.parent] * 3)
+
+
+def test_a_run_is_not_compared_with_itself(one):
+    run = one.parent.parent
+    with pytest.raises(ValueError, match=r"got .* twice, expected two runs to compare"):
+        write_report([run, run / ".." / run.name])
