@@ -48,13 +48,17 @@ def track(tensors: Any, parameters: Any, bounds: Any, axis: int, freezes: bool, 
     # Masks are numbers here, because on a CPU torch is several times slower with booleans.
     move = (w_int - previous).sign_()
     oscillated = (move * last_move).eq_(-1)
+    # On the grid of the step before, would the weight have stayed where it was? Then the scale has moved it.
+    stayed = to_int(weight, previous_scale, previous_zero_point, qmin, qmax, axis=axis, frozen_int=frozen_int)
+    by_scale = stayed.eq_(previous).mul_(oscillated)
+    # Summed before any state is written: otherwise torch's compiler keeps each new state in a temporary until the sums
+    # have read the old one.
+    counts = torch.stack([oscillated.sum(), by_scale.sum()]).float()
+
     # The product in float32 also where the sum is float64, as published: with a threshold that equals the momentum,
     # its rounding decides whether a single oscillation freezes a weight.
     frequency.mul_(rest).add_(oscillated.float() * momentum)
     direction.copy_(torch.addcmul(last_move, move.abs(), move - last_move))
-    # On the grid of the step before, would the weight have stayed where it was? Then the scale has moved it.
-    stayed = to_int(weight, previous_scale, previous_zero_point, qmin, qmax, axis=axis, frozen_int=frozen_int)
-    by_scale = stayed.eq_(previous).mul_(oscillated)
     previous_int.copy_(w_int)
     if total is not None:
         total.add_(oscillated.to(total.dtype))
@@ -64,7 +68,7 @@ def track(tensors: Any, parameters: Any, bounds: Any, axis: int, freezes: bool, 
         frozen = frozen_int.to(target.dtype)
         frozen_int.copy_(torch.addcmul(frozen, target - frozen, frequency.clone().gt_(threshold)))
         mean_int.lerp_(w_int.to(mean_int.dtype), momentum)
-    return (torch.stack([oscillated.sum(), by_scale.sum()]).float(),)
+    return (counts,)
 
 
 class OscillationState(nn.Module):
