@@ -1,5 +1,7 @@
 """The benchmark of the packed model, on a network so small that its ratios mean nothing."""
 
+import torch
+
 from benchmarks.packed import main
 
 ROWS = {"float", "W4, inputs in float", "W4A4"}
@@ -18,3 +20,15 @@ def test_it_compares_loading_inference_and_memory_and_prints_all(capsys):
     for name in ("load", "batch 1", "batch 2"):
         assert all(f"{ratio:.2f}" in out for ratio in found[name].values())
     assert all(f"{count:,}" in out for count in found["bytes"].values())
+
+
+def test_compiled_models_are_compared_with_compiled_float(capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    options = ["--img-size", "32", "--repeats", "1", "--batch-sizes", "1", "--threads", "1", "--compile"]
+    found = main(["--model", "test_efficientnet", *options])
+    assert found["batch 1"].keys() == ROWS | KEPT | {f"{name}, torch.compile" for name in ROWS}
+    assert found["batch 1"]["float, torch.compile"] == 1
+    assert len(compiled) == len(ROWS)
+    row = next(line for line in capsys.readouterr().out.splitlines() if "W4A4, torch.compile" in line)
+    assert "float, torch.compile" in row.split("W4A4, torch.compile")[1]

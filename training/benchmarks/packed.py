@@ -1,7 +1,7 @@
 """Time the packed model against the float one: loading, inference, and the memory that it holds.
 
     python training/benchmarks/packed.py [--model mobilenetv2_100] [--weight-bits 4] [--activation-bits 4]
-        [--batch-sizes 1 8] [--img-size 224] [--repeats 20] [--device cpu] [--threads 2]
+        [--batch-sizes 1 8] [--img-size 224] [--repeats 20] [--device cpu] [--threads 2] [--compile]
 
 Float and packed checkpoints are written to a temporary folder and loaded in one process, from a warm file cache. They
 take turns, so that a busy machine slows down all of them; a ratio is the median over the rounds. Rows without rounded
@@ -29,6 +29,9 @@ from benchmarks.measure import ratio, spread, take_turns
 from hf_oscqat import OscQATConfig, calibrate, pack, prepare_qat, reestimate_batchnorm
 from hf_oscqat.checkpoint import packed_layers
 from hf_oscqat.integration.models import timm_wrapper
+
+COMPILED = ", torch.compile"
+"""What is added to the name of a model that is compiled."""
 
 
 def write_checkpoints(folder: Path, args: argparse.Namespace) -> dict[str, Path]:
@@ -63,19 +66,23 @@ def compare(title: str, tasks: Mapping[str, Callable[[], object]], args: argpars
     """Time the tasks in turns, from the second call on, and print a table.
 
     Returns:
-        Times float, by task: the median over the rounds.
+        Times float, by task: the median over the rounds. Those of compiled tasks are times compiled float.
     """
     for task in tasks.values():
         task()
     seconds = take_turns(tasks, args.repeats, args.device)
-    ratios = {name: ratio(times, seconds["float"]).median for name, times in seconds.items()}
+    ratios = {name: ratio(times, seconds[_baseline(name)]).median for name, times in seconds.items()}
     table = Table(title=title, title_justify="left")
-    for column in ("", "ms", "times float"):
-        table.add_column(column, justify="right" if column else "left")
+    for column in ("", "ms", "times", "of"):
+        table.add_column(column, justify="right" if column in ("ms", "times") else "left")
     for name, times in seconds.items():
-        table.add_row(name, f"{1000 * spread(times).median:.1f}", f"{ratios[name]:.2f}")
+        table.add_row(name, f"{1000 * spread(times).median:.1f}", f"{ratios[name]:.2f}", _baseline(name))
     Console(width=110).print(table)
     return ratios
+
+
+def _baseline(name: str) -> str:
+    return f"float{COMPILED}" if name.endswith(COMPILED) else "float"
 
 
 @torch.inference_mode()
@@ -83,7 +90,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Measure and print.
 
     Returns:
-        `load` and `batch N`: times float, by model; `bytes`: by model.
+        `load` and `batch N`: times float, by model, or times compiled float of compiled ones; `bytes`: by model.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mobilenetv2_100")
@@ -94,6 +101,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--repeats", type=int, default=20, help="rounds that each median is of")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--compile", action="store_true", help="also time what torch.compile makes of the models")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     transformers.utils.logging.disable_progress_bar()
@@ -110,6 +118,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         images = torch.randn(batch_size, 3, args.img_size, args.img_size, device=args.device)
         title = f"Inference, batch of {batch_size}, {args.img_size} pixels, {_describe(args.device)}"
         forwards = {name: partial(model, images) for name, model in models.items()}
+        if args.compile:
+            forwards |= {f"{name}{COMPILED}": partial(torch.compile(models[name]), images) for name in paths}
         found[f"batch {batch_size}"] = compare(title, forwards, args)
     found["bytes"] = {name: resident_bytes(model) for name, model in models.items()}
     table = Table(title="Resident after inference", title_justify="left")
