@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -73,11 +73,13 @@ class Network:
         widths: to train at, such as W4A4, or W3 for weights only.
         stem_stride: of the first convolution, which has 2 as published: too coarse for most small images.
         model_args: further arguments of `timm.create_model`.
+        activation_scheme: of the grid of activations; "asymmetric" behind h-swish, which goes a little below 0.
     """
 
     widths: tuple[str, ...]
     stem_stride: int
     model_args: dict[str, Any] = field(default_factory=dict)
+    activation_scheme: str = "symmetric"
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ BUDGETS: dict[str, Budget] = {
         networks={
             "mobilenetv2_035": Network(("W3", "W3A3"), stem_stride=2, model_args={"output_stride": 16}),
             # timm's MobileNetV3 takes no output_stride.
-            "mobilenetv3_small_050": Network(("W3A3",), stem_stride=1),
+            "mobilenetv3_small_050": Network(("W3A3",), stem_stride=1, activation_scheme="asymmetric"),
         },
         train_images=None,
         held_out=5000,
@@ -263,6 +265,21 @@ class Cifar10Settings(DataArguments):
         check_keys([self.scale_lr_scheduler_type], SCALE_SCHEDULES, "--scale_lr_scheduler_type")
         if wrong := [seed for seed in self.seeds if seed not in range(budget.seeds)]:
             raise ValueError(f"got --seeds {wrong}, expected some of 0 to {budget.seeds - 1} in budget {self.budget}")
+        if not any(self.has(cell) for cell in cells(budget)):
+            rows = "; ".join(f"{name}: {', '.join(network.widths)}" for name, network in budget.networks.items())
+            raise ValueError(
+                f"got --networks {' '.join(self.networks)} --widths {' '.join(self.widths)}, which have no row in "
+                f"common, expected some of {rows}"
+            )
+
+    def has(self, cell: "Cell") -> bool:
+        """Whether a cell is among those to fill."""
+        return (
+            (not self.networks or cell.network in self.networks)
+            and (not self.widths or cell.width in self.widths)
+            and (not self.methods or cell.method in self.methods)
+            and (not self.seeds or cell.seed in self.seeds)
+        )
 
     @property
     def torch_device(self) -> torch.device:
@@ -326,19 +343,13 @@ class Table:
 
     def fill(self) -> None:
         """Train what is chosen and missing: float models, trials, cells."""
-        s = self.settings
-        chosen = [
-            cell
-            for cell in cells(self.budget)
-            if (not s.networks or cell.network in s.networks)
-            and (not s.widths or cell.width in s.widths)
-            and (not s.methods or cell.method in s.methods)
-            and (not s.seeds or cell.seed in s.seeds)
-        ]
-        if s.again:
-            for cell in chosen:
-                self._file("cells", cell).unlink(missing_ok=True)
-        missing = [cell for cell in chosen if self._read(self._file("cells", cell)) is None]
+        chosen = [cell for cell in cells(self.budget) if self.settings.has(cell)]
+        # All are read before any is removed: reading refuses what was made with another protocol.
+        missing = [cell for cell in chosen if self.results(cell) is None or self.settings.again]
+        for cell in missing:
+            self.trials(cell)
+        for cell in missing:
+            self._file("cells", cell).unlink(missing_ok=True)
         for network in dict.fromkeys(cell.network for cell in missing):
             self._float_model(network)
         kinds = dict.fromkeys((cell.network, cell.width, cell.method) for cell in missing)
@@ -373,6 +384,7 @@ class Table:
         config = OscQATConfig(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
+            activation_scheme=b.networks[cell.network].activation_scheme,
             tracker_momentum=b.momentum,
             **METHODS[cell.method](trial.strength or 0.0, b.momentum),
         )
@@ -405,21 +417,33 @@ class Table:
             "images": len(images),
             "steps": steps,
             "packed_bytes": size,
+            "scale_lr_scheduler_type": b.scale_lr_scheduler_type,
             **asdict(training),
             **self._conditions(),
         }
 
     def _finish(self, jobs: dict[Path, Callable[[], dict[str, Any]]]) -> None:
-        """Do what no file is there of. What another process is at is waited for at the end only."""
+        """Do what no file is there of. What another process is at is waited for at the end only.
+
+        Raises:
+            ValueError: when everything else is done, if a training has diverged.
+        """
+        diverged: dict[Path, FloatingPointError] = {}
         for timeout in (0, -1):
             for file, job in jobs.items():
                 try:
                     with self._lock(file, timeout):
-                        if self._read(file) is None:
+                        if self._read(file) is None and file not in diverged:
                             logger.info("%s", file.stem)
                             self._write(file, job())
                 except Timeout:
                     logger.info("%s is being done by another process", file.stem)
+                except FloatingPointError as error:
+                    logger.warning("%s: %s", file.stem, error)
+                    diverged[file] = error
+        if diverged:
+            names = ", ".join(file.stem for file in diverged)
+            raise ValueError(f"the training of {names} diverged: {next(iter(diverged.values()))}; the others are done")
 
     def _try(self, kind: tuple[str, str, str], trial: Trial) -> dict[str, Any]:
         cell = Cell(*kind, seed=0)
@@ -527,11 +551,12 @@ class Table:
             return None
         content = json.loads(file.read_text(encoding="utf-8"))
         own = self._protocol(file.parent.name, content["network"])
-        differing = sorted(key for key in own if content["protocol"].get(key) != own[key])
-        if differing:
+        # What the protocol did not name when a file was written was as it is by default now.
+        its = {key: content["protocol"].get(key, _DEFAULTS.get(key)) for key in own}
+        if differing := [f"{key}={its[key]!r} and not {own[key]!r}" for key in sorted(own) if its[key] != own[key]]:
             raise ValueError(
-                f"got {file}, made with other {', '.join(differing)}, expected results of one protocol in a folder: "
-                "choose another --output_dir or --budget, or remove it"
+                f"got {file}, made with {', '.join(differing)}, expected results of one protocol in a folder: choose "
+                "another --output_dir, --budget or --scale_lr_scheduler_type"
             )
         return content
 
@@ -553,8 +578,12 @@ class Table:
         else:
             # More trials leave those that were made valid, but not what was trained with the best of them.
             left_out = {"seeds"} | ({"trials", "epochs"} if part == "trials" else set())
+            kept |= {"activation_scheme": adapted.get("activation_scheme")}
             kept |= {k: v for k, v in everything.items() if k not in left_out}
         return json.loads(json.dumps(kept))
+
+
+_DEFAULTS = {f.name: f.default for of in (Budget, Network) for f in fields(of) if f.default is not MISSING}
 
 
 def _threads() -> str:
@@ -587,6 +616,13 @@ def _row(
 ) -> dict[str, Any]:
     best = max(trials, key=lambda trial: trial["after"], default=None)
     there = [result for result in results if result is not None]
+    for key in ("learning_rate", "strength", "images", "steps"):
+        found = dict.fromkeys(result[key] for result in there)
+        if len(found) > 1:
+            raise ValueError(
+                f"got cells of {' '.join(kind)} with {key} of {', '.join(map(str, found))}, expected one for all: "
+                "train them with --again"
+            )
 
     def summary(key: str, digits: int = 2) -> str:
         values = [result[key] for result in there]

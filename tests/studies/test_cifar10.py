@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,9 @@ def test_one_folder_has_one_schedule_of_the_scales(half_done):
     settings = Cifar10Settings(
         output_dir=str(half_done[0]), budget="smoke", table_only=True, scale_lr_scheduler_type="as_weights"
     )
-    with pytest.raises(ValueError, match="made with other scale_lr_scheduler_type, expected"):
+    with pytest.raises(
+        ValueError, match="made with scale_lr_scheduler_type='constant' and not 'as_weights', expected"
+    ):
         run(settings)
 
 
@@ -151,6 +154,61 @@ def test_a_training_that_diverges_is_the_worst_trial(half_done, monkeypatch):
     assert measured["after"] == 0
 
 
+def test_a_cell_that_diverges_does_not_keep_the_others_from_being_trained(half_done, monkeypatch, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(half_done[0], folder)
+    train_on_grid = cifar10.train_on_grid
+
+    def diverge(model, config, *args, **kwargs):
+        if config.freezing is not None:
+            raise FloatingPointError("got a loss of nan")
+        return train_on_grid(model, config, *args, **kwargs)
+
+    for cell in folder.glob("cells/*-1.json"):
+        cell.unlink()
+    monkeypatch.setattr(cifar10, "train_on_grid", diverge)
+    options = {**SMOKE, "output_dir": str(folder), "methods": ["lsq", "freezing"], "seeds": [1]}
+    with pytest.raises(ValueError, match="training of test_efficientnet-W3A3-freezing-1 diverged: got a loss of nan"):
+        run(Cifar10Settings(**options))
+    assert (folder / "cells" / "test_efficientnet-W3A3-lsq-1.json").is_file()
+
+
+def test_nothing_is_trained_again_under_another_protocol_and_nothing_is_lost(half_done):
+    cell = half_done[0] / "cells" / "test_efficientnet-W3A3-lsq-0.json"
+    content = cell.read_bytes()
+    options = {**SMOKE, "output_dir": str(half_done[0]), "again": True, "methods": ["lsq"], "seeds": [0]}
+    with pytest.raises(ValueError, match="made with scale_lr_scheduler_type='constant' and not 'as_weights'"):
+        run(Cifar10Settings(**options, scale_lr_scheduler_type="as_weights"))
+    assert cell.read_bytes() == content
+
+
+def test_a_file_from_before_an_option_was_trained_with_its_default(half_done, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(half_done[0], folder)
+    for file in folder.glob("*/*.json"):
+        content = json.loads(file.read_text())
+        for key in ("scale_lr_scheduler_type", "activation_scheme"):
+            content["protocol"].pop(key, None)
+        file.write_text(json.dumps(content))
+    options = {"output_dir": str(folder), "budget": "smoke", "table_only": True}
+    assert run(Cifar10Settings(**options)).rows[0]["seeds"] >= 1
+    with pytest.raises(ValueError, match="made with scale_lr_scheduler_type='constant'"):
+        run(Cifar10Settings(**options, scale_lr_scheduler_type="as_weights"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("learning_rate", 0.3), ("images", 7)])
+def test_cells_of_a_row_are_trained_and_measured_alike(half_done, tmp_path, key, value):
+    folder = tmp_path / "copy"
+    shutil.copytree(half_done[0], folder)
+    first = folder / "cells" / "test_efficientnet-W3A3-lsq-0.json"
+    other = json.loads(first.read_text()) | {key: value}
+    first.with_name("test_efficientnet-W3A3-lsq-1.json").write_text(json.dumps(other))
+    with pytest.raises(
+        ValueError, match=f"got cells of test_efficientnet W3A3 lsq with {key} of .*, {value}, expected"
+    ):
+        run(Cifar10Settings(output_dir=str(folder), budget="smoke", table_only=True))
+
+
 def test_results_of_another_protocol_are_refused(half_done):
     folder, _ = half_done
     settings = Cifar10Settings(output_dir=str(folder), budget="cpu", table_only=True)
@@ -158,7 +216,7 @@ def test_results_of_another_protocol_are_refused(half_done):
     for cell in cells(BUDGETS["cpu"])[:1]:
         copied = other.with_name(f"{cell.network}-{cell.width}-{cell.method}-{cell.seed}.json")
         copied.write_bytes(other.read_bytes())
-        with pytest.raises(ValueError, match=r"made with other batch_size, epochs, .*expected"):
+        with pytest.raises(ValueError, match=r"made with .*batch_size=16 and not 64, .*expected"):
             run(settings)
         copied.unlink()
 
@@ -191,6 +249,10 @@ def test_an_empty_folder_is_an_error(tmp_path):
         ({"widths": ["W2"]}, "got unknown key 'W2'"),
         ({"networks": ["resnet18"]}, "got unknown key 'resnet18'"),
         ({"scale_lr_scheduler_type": "as_weight"}, "Did you mean 'as_weights'"),
+        (
+            {"budget": "gpu", "networks": ["efficientnet_lite0"], "widths": ["W4A4"]},
+            "no row in common, expected some of mobilenetv2_100: W4A4, W3A3, W3; efficientnet_lite0: W3A3",
+        ),
         ({"seeds": [7]}, "expected some of 0 to 1 in budget smoke"),
         ({"dataset_name": None}, "expected one source of images"),
     ],
