@@ -1,17 +1,20 @@
 """The benchmark: its arithmetic, what it counts, and what a short run writes. Nothing here depends on a time."""
 
+import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from benchmarks import bench, show
 from benchmarks.measure import bytes_kept_for_backward, memory_of, overhead, ratio, spread, take_turns
-from benchmarks.peers import Prepared, Unavailable, plain
+from benchmarks.peers import Prepared, Unavailable, plain, with_plain_batchnorm
 from hf_oscqat.quantization.kernels import fused_kernels
 
 CPU = torch.device("cpu")
@@ -218,3 +221,14 @@ def test_runs_without_datasets():
     code = "import sys; sys.modules['datasets'] = None; from benchmarks import bench; bench.parse([])"
     folder = Path(bench.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)
+
+
+def test_batchnorm_is_taken_apart_without_changing_anything():
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet").train()
+    images = torch.randn(4, 3, 32, 32)
+    changed = with_plain_batchnorm(copy.deepcopy(model))
+    assert not any(isinstance(layer, BatchNormAct2d) for layer in changed.modules())
+    assert torch.equal(changed(images), model(images))  # in training, so the statistics move in both
+    assert torch.equal(changed.eval()(images), model.eval()(images))
+    assert all(map(torch.equal, changed.buffers(), model.buffers()))

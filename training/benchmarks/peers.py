@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -149,19 +150,31 @@ def brevitas(model: nn.Module, images: Tensor, bits: int, end_bits: int | None =
     return Prepared(model, bits, trains, _named(model, "scaling_impl"))
 
 
+def with_plain_batchnorm(model: nn.Module) -> nn.Module:
+    """Replace each `BatchNormAct2d` of timm by `BatchNorm2d` with the same tensors, and its activation; in place."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, BatchNormAct2d):
+                batchnorm = nn.BatchNorm2d(layer.num_features, layer.eps, layer.momentum)
+                batchnorm._parameters, batchnorm._buffers = layer._parameters, layer._buffers
+                setattr(parent, name, nn.Sequential(batchnorm, layer.drop, layer.act).train(layer.training))
+    return model
+
+
 def aimet(model: nn.Module, images: Tensor, bits: int) -> Prepared:
     """AIMET: `prepare_model`, `QuantizationSimModel` with its defaults, `compute_encodings`; range learning.
 
     W and A at `bits`; learned minimum and maximum, per output channel for weights and per tensor for activations. The
     outputs of convolutions, batch-norms, activations and additions are each quantized. Batch-norm is not folded, as in
-    AIMET's example with batch-norm re-estimation.
+    AIMET's example with batch-norm re-estimation. timm's batch-norm with its activation is taken apart first: a trace
+    makes a constant of its mode, and AIMET would train with the statistics of the float model.
     Source: AIMET's example notebooks `bn_reestimation` and `qat_range_learning`.
     """
     from aimet_torch import QuantizationSimModel
     from aimet_torch.model_preparer import prepare_model
 
     simulation = QuantizationSimModel(
-        prepare_model(model.eval()), images[:1], default_output_bw=bits, default_param_bw=bits
+        prepare_model(with_plain_batchnorm(model).eval()), images[:1], default_output_bw=bits, default_param_bw=bits
     )
     with torch.no_grad():
         simulation.compute_encodings(lambda simulated: simulated(images))
