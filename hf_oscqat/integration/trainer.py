@@ -205,6 +205,7 @@ class OscQATTrainer(ImageTrainer):
         self._batchnorm = batchnorm_layers(model)
         self._statistics: list[torch.Tensor] = []
         self._dead: list[str] | None = None
+        self._statistics_are_current = False
         self._warned: set[str] = set()
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(_LogLastStep)
@@ -375,6 +376,21 @@ class OscQATTrainer(ImageTrainer):
                 group["lr"] = scheduler.base_lrs[i]
         return scheduler
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, see `ImageTrainer.train`; in the end the model has re-estimated batch-norm statistics.
+
+        Whoever packs it then, with or without an evaluation, packs statistics of the weights that it has.
+        """
+        output = super().train(*args, **kwargs)
+        self._finish_statistics()
+        return output
+
+    def _finish_statistics(self) -> None:
+        if not self._reestimates:
+            average_over_processes(batchnorm_layers(self.model))
+        elif not self._statistics_are_current:
+            self.reestimate_batchnorm()
+
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one batch; a gradient that is not finite is dropped, and with it the step.
 
@@ -384,6 +400,7 @@ class OscQATTrainer(ImageTrainer):
             RuntimeError: after `max_skipped_steps` in a row, with the names of the parameters.
         """
         statistics = [s for n in self._batchnorm for s in (n.running_mean, n.running_var) if s is not None]
+        self._statistics_are_current = False
         if self._begins_step:
             self._statistics = [statistic.clone() for statistic in statistics]
         self._begins_step = self.accelerator.sync_gradients
@@ -463,7 +480,10 @@ class OscQATTrainer(ImageTrainer):
         wanted = self.oscqat_config.batchnorm_reestimation_batches * images
         generator = torch.Generator().manual_seed(self.args.seed)
         order = torch.randperm(len(self.train_dataset), generator=generator).tolist()
-        if self._recording is None or self.state.global_step == 0:
+        # Where they are current already, there is no difference to record.
+        is_recorded = self._recording is not None and self.state.global_step > 0 and not self._statistics_are_current
+        self._statistics_are_current = True
+        if self._recording is None or not is_recorded:
             self._dead = self._reestimate(order[:wanted])
             return
         before = running_statistics(self.model)
@@ -507,6 +527,8 @@ class OscQATTrainer(ImageTrainer):
             return dead_quantizers(model, first[0])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self._finish_statistics()
         # Each process has seen other images; without this, rank 0's statistics would be saved and the others' lost.
         average_over_processes(batchnorm_layers(self.model))
         super()._save_checkpoint(model, trial)

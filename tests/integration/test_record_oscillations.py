@@ -70,6 +70,17 @@ def test_batchnorm_is_off_before_reestimation_and_less_so_after_it(make_trainer,
     assert np.mean(after) < np.mean(before)
 
 
+def test_evaluation_after_training_leaves_what_was_recorded(make_trainer, tmp_path):
+    trainer = make_trainer(reestimation=4, eval_strategy="no")
+    trainer.train()
+    recorded = read_recording(tmp_path / "run").batchnorm
+    trainer.evaluate()
+    again = read_recording(tmp_path / "run").batchnorm
+    assert list(recorded) == list(again) == [10]
+    np.testing.assert_array_equal(recorded[10], again[10])
+    assert np.mean(recorded[10][1]) < np.mean(recorded[10][0])
+
+
 def test_no_other_images_no_measurement_after_reestimation(make_trainer, tmp_path):
     make_trainer(reestimation=6).train()
     before, after = read_recording(tmp_path / "run").batchnorm[10]

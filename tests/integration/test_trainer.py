@@ -185,6 +185,21 @@ def test_evaluation_uses_reestimated_statistics_and_draws_nothing(make_trainer):
         torch.testing.assert_close(ours.running_var, wanted.running_var)
 
 
+@pytest.mark.parametrize("eval_strategy", ["no", "steps"])
+def test_training_ends_with_statistics_of_its_last_weights(make_trainer, monkeypatch, eval_strategy):
+    trainer = make_trainer(max_steps=4, eval_strategy=eval_strategy, eval_steps=2)
+    reestimated = []
+    reestimate = trainer.reestimate_batchnorm
+    monkeypatch.setattr(trainer, "reestimate_batchnorm", lambda: reestimated.append(trainer.step) or reestimate())
+    trainer.train()
+    assert len(reestimated) == (1 if eval_strategy == "no" else 2)  # after evaluation there is nothing left to do
+    packed = pack(copy.deepcopy(trainer.model))
+    trainer.evaluate()
+    for layer, evaluated in zip(batchnorm_layers(packed), batchnorm_layers(trainer.model), strict=True):
+        assert torch.equal(layer.running_mean, evaluated.running_mean)
+        assert torch.equal(layer.running_var, evaluated.running_var)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_evaluation_is_in_inference_mode_and_the_precision_of_training_and_training_goes_on(make_trainer, bf16):
     trainer = make_trainer({"freezing": FREEZING}, bf16=bf16, max_steps=2, eval_strategy="steps", eval_steps=1)
