@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from hf_oscqat.quantization.packing import packed_width
 from hf_oscqat.quantization.quantizer import LogScaleQuantizer, Quantizer
 from hf_oscqat.quantization.range_estimators import RANGE_ESTIMATORS, GridParameters, NoRangeError, RangeEstimator
 from hf_oscqat.quantization.timm_layers import forbid_merging, is_standardised, separate_qkv_bias, standardise
-from hf_oscqat.remedies.batchnorm import Batch, batchnorm_layers, forward_batch
+from hf_oscqat.remedies.batchnorm import Batch, batchnorm_layers, evaluation_mode, forward_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,6 +112,12 @@ def insert_quantizers(model: nn.Module, config: OscQATConfig, *, partial_model: 
     if any(True for _ in quantized_layers(model)):
         raise ValueError("got a model that is prepared already, expected a float model")
     plans = plan_layers(model, config, partial_model=partial_model)
+    for plan in plans:
+        if plan.weight_bits is not None and cast(Tensor, plan.layer.weight).element_size() < 4:
+            raise ValueError(
+                f"got {plan.name} with weights of {plan.layer.weight.dtype}, expected float32: one step of training "
+                "is too small for 16 bits. Load with dtype=torch.float32, and train with bf16=True"
+            )
     ready = [(plan, *_new_quantizers(plan, config)) for plan in plans]
     weights = [(plan, q) for plan, q, _ in ready if q is not None and not plan.layer.weight.is_meta]
     # One after the other, because an estimator keeps a copy of its weight.
@@ -558,19 +564,14 @@ def _observing_inputs(model: nn.Module) -> Iterator[dict[str, _InputObserver]]:
 @torch.no_grad()
 def _run(model: nn.Module, batches: Iterable[Batch]) -> bool:
     """Pass the batches through the model in evaluation mode; return whether they hold one value only."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     count, low, high = 0, float("inf"), float("-inf")
-    try:
+    with evaluation_mode(model):
         for batch in batches:
             forward_batch(model, batch)
             count += 1
             for x in [batch] if isinstance(batch, Tensor) else batch.values():
                 if isinstance(x, Tensor) and x.is_floating_point() and x.numel():
                     low, high = min(low, float(x.min())), max(high, float(x.max()))
-    finally:
-        for module, training in modes:
-            module.training = training
     if count == 0:
         raise ValueError("got no batches to calibrate with, expected at least one")
     return low == high

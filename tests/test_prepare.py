@@ -372,6 +372,7 @@ class TestPerChannel:
             (nn.ConvTranspose2d(6, 4, 3), (2, 6, 5, 5), 1),
             (nn.ConvTranspose2d(6, 4, 3, groups=2), (2, 6, 5, 5), 1),
             (nn.ConvTranspose3d(6, 4, 3, groups=2), (2, 6, 3, 3, 3), 1),
+            (nn.ConvTranspose2d(6, 6, 3, groups=6), (2, 6, 5, 5), 0),
         ],
         ids=lambda part: str(part).replace(" ", "") if isinstance(part, nn.Module) else "",
     )
@@ -739,3 +740,11 @@ class TestWrapper:
         shared = model.config
         prepare_qat(model, OscQATConfig())
         assert not hasattr(shared, "quantization_config")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_refused(make_net, dtype):
+    model = make_net().to(dtype)
+    with pytest.raises(ValueError, match=rf"with weights of {dtype}, expected float32.*dtype=torch.float32"):
+        prepare_qat(model, OscQATConfig())
+    assert not any(True for _ in quantized_layers(model))

@@ -562,10 +562,13 @@ class _Kernel:
 
     def _compile(self, graph: Any, example_inputs: Any) -> Any:
         from torch._functorch import config
+        from torch._inductor import config as inductor
         from torch._inductor.compile_fx import compile_fx
 
         # What comes from this cache is not shown to `inner_compile`; the kernels themselves have one of their own.
-        with config.patch(enable_autograd_cache=False):
+        # Division is to round as in eager mode, which Triton's does not by default: packing rounds in eager mode.
+        exact = inductor.patch({"eager_numerics.division_rounding": True})
+        with config.patch(enable_autograd_cache=False), exact:
             return compile_fx(graph, example_inputs, inner_compile=self._record)
 
     def _record(self, *args: Any, **kwargs: Any) -> Any:
@@ -658,8 +661,14 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def output_axis(layer: nn.Module) -> int:
-    """Dimension of a layer's weight that counts output channels: 1 for transposed convolutions, else 0."""
-    return 1 if isinstance(layer, TRANSPOSED) else 0
+    """Dimension of a layer's weight that counts output channels: 1 for transposed convolutions, else 0.
+
+    The weight of a transposed convolution in groups is `[in, out / groups, ..]`: channel i of every group shares an
+    entry. A depthwise one has a channel for each entry of dimension 0.
+    """
+    if not isinstance(layer, TRANSPOSED):
+        return 0
+    return 0 if layer.groups == layer.in_channels == layer.out_channels else 1
 
 
 def frozen_dtype(num_bits: int) -> torch.dtype:

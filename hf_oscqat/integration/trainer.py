@@ -35,7 +35,7 @@ from hf_oscqat.integration.data import randomness_of
 from hf_oscqat.integration.evaluate import accuracy_metrics, keep_top5
 from hf_oscqat.integration.export import pack
 from hf_oscqat.integration.image_trainer import ImageTrainer
-from hf_oscqat.integration.optimizer import SCALE_SCHEDULES, create_optimizer
+from hf_oscqat.integration.optimizer import SCALE_SCHEDULES, OscQATOptimizer, create_optimizer
 from hf_oscqat.integration.publish import (
     command_line,
     oscillation_facts,
@@ -140,6 +140,12 @@ class OscQATTrainingArguments(TrainingArguments):
                 "to whole weights. The models that this trains fit on one device; use DistributedDataParallel"
             )
         super().__post_init__()
+        if self.torch_compile:
+            from torch._inductor import config as inductor
+
+            # Triton's division is approximate by default, and what is near a threshold would train at one integer and
+            # be packed with another.
+            inductor.eager_numerics.division_rounding = True
         if self.n_gpu > 1:
             raise ValueError(
                 f"got one process for {self.n_gpu} GPUs, expected one process each: transformers would choose "
@@ -195,12 +201,18 @@ class OscQATTrainer(ImageTrainer):
             self.tracker = OscillationTracker(model, config.momentum, use_ema=config.use_ema)
         if self.tracker is None and self.remedies:
             raise ValueError("got track_oscillations=False with remedies in the config, which need the tracker")
+        if config.freezing is not None and self.tracker is not None and not self.tracker.layers:
+            raise ValueError(
+                "got freezing and no weights of at most 4 bits, expected some: wider ones are not tracked, because "
+                "their oscillations have no effect. Remove freezing from the config"
+            )
         self._remedy_losses: dict[str, Any] = {}
         self._loss_count = 0
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self._gradient_dropped = False
         self._grad_norm: float | None = None  # of the step being made; not known while fp16's scaler has it scaled
+        self._hooked: torch.optim.Optimizer | None = None
         self._begins_step = True
         self._batchnorm = batchnorm_layers(model)
         self._statistics: list[torch.Tensor] = []
@@ -358,19 +370,28 @@ class OscQATTrainer(ImageTrainer):
                 adam_epsilon=args.adam_epsilon,
                 scale_learning_rate=args.scale_learning_rate,
             )
+            self.optimizer = optimizer
+        # Also of an optimizer that Trainer was given, and accelerate may have wrapped it.
+        hooked = getattr(self.optimizer, "optimizer", self.optimizer)
+        if hooked is not self._hooked:
             # Fires between backward and the step, once per step that is really taken: not for the micro-batches of
             # gradient accumulation, nor for a step that fp16's scaler skips.
-            optimizer.register_step_pre_hook(self._tick)
-            self.optimizer = optimizer
+            hooked.register_step_pre_hook(self._tick)
+            self._hooked = hooked
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Schedule the weights' learning rate, and that of the scales if it is not to stay constant."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         args: OscQATTrainingArguments = self.args
-        if args.scale_lr_scheduler_type == "constant" and isinstance(scheduler, LambdaLR):
-            count = len(self._weight_groups())
-            for i in range(count, len(scheduler.lr_lambdas)):
+        ours = getattr(scheduler.optimizer, "optimizer", scheduler.optimizer)
+        # Which groups of an optimizer that Trainer was given hold scales is not known; all have its schedule.
+        if (
+            args.scale_lr_scheduler_type == "constant"
+            and isinstance(scheduler, LambdaLR)
+            and isinstance(ours, OscQATOptimizer)
+        ):
+            for i in range(len(ours.weights.param_groups), len(scheduler.lr_lambdas)):
                 scheduler.lr_lambdas[i] = _constant
                 group = scheduler.optimizer.param_groups[i]
                 group["lr"] = scheduler.base_lrs[i]
@@ -399,10 +420,9 @@ class OscQATTrainer(ImageTrainer):
         Raises:
             RuntimeError: after `max_skipped_steps` in a row, with the names of the parameters.
         """
-        statistics = [s for n in self._batchnorm for s in (n.running_mean, n.running_var) if s is not None]
         self._statistics_are_current = False
         if self._begins_step:
-            self._statistics = [statistic.clone() for statistic in statistics]
+            self._statistics = [statistic.clone() for statistic in self._running_statistics()]
         self._begins_step = self.accelerator.sync_gradients
         loss = super().training_step(model, *args, **kwargs)
         if self.accelerator.sync_gradients and self.accelerator.scaler is None:
@@ -413,11 +433,18 @@ class OscQATTrainer(ImageTrainer):
             if bad:
                 for parameter in self.model.parameters():
                     parameter.grad = None
-                if statistics:
-                    torch._foreach_copy_(statistics, self._statistics)
+                self._restore_statistics()
             self._gradient_dropped = bool(bad)
             self._note_skipped(bad, self.args.max_skipped_steps)
         return loss
+
+    def _running_statistics(self) -> list[torch.Tensor]:
+        return [s for n in self._batchnorm for s in (n.running_mean, n.running_var) if s is not None]
+
+    def _restore_statistics(self) -> None:
+        """Take back what the forwards of a step that is not made did to batch-norm."""
+        if self._statistics:
+            torch._foreach_copy_(self._running_statistics(), self._statistics)
 
     def compute_loss(
         self,
@@ -432,8 +459,18 @@ class OscQATTrainer(ImageTrainer):
         extra = self._remedy_loss() if model.training else None
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if extra is not None:
+            if self._is_scaled_for_accumulation(num_items_in_batch):
+                extra = extra / self.current_gradient_accumulation_steps
             loss = loss + extra
         return (loss, outputs) if return_outputs else loss
+
+    def _is_scaled_for_accumulation(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
+        """Whether a micro-batch's loss is its share of the whole batch's, and transformers does not divide it."""
+        told: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # newer than some transformers
+        if told is not None:
+            return told
+        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return by_model or self.compute_loss_func is not None
 
     def _remedy_loss(self) -> torch.Tensor | None:
         total = None
@@ -545,8 +582,11 @@ class OscQATTrainer(ImageTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # transformers measures it by clipping at infinity, which turns gradients to NaN where their norm overflows.
-        if grad_norm is None:
-            grad_norm = self._norm_of_gradients() if self._grad_norm is None else self._grad_norm
+        if grad_norm is None and self._grad_norm is not None:
+            grad_norm = self._grad_norm
+        elif grad_norm is None:
+            scaler = self.accelerator.scaler
+            grad_norm = self._norm_of_gradients() / (1.0 if scaler is None else scaler.get_scale())
         return float(grad_norm)
 
     def _norm_of_gradients(self) -> float:
@@ -568,6 +608,8 @@ class OscQATTrainer(ImageTrainer):
         """Count the step if fp16's scaler has skipped it, as it does at first until it has found its scale."""
         if self.accelerator.scaler is not None:
             skipped = self.accelerator.optimizer_step_was_skipped
+            if skipped:
+                self._restore_statistics()
             self._note_skipped(["the scaled loss"] if skipped else [], 3 * self.args.max_skipped_steps)
 
     def _note_skipped(self, bad: list[str], limit: int) -> None:

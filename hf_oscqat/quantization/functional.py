@@ -31,8 +31,14 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def output_axis(layer: nn.Module) -> int:
-    """Dimension of a layer's weight that counts output channels: 1 for transposed convolutions, else 0."""
-    return 1 if isinstance(layer, TRANSPOSED) else 0
+    """Dimension of a layer's weight that counts output channels: 1 for transposed convolutions, else 0.
+
+    The weight of a transposed convolution in groups is `[in, out / groups, ..]`: channel i of every group shares an
+    entry. A depthwise one has a channel for each entry of dimension 0.
+    """
+    if not isinstance(layer, TRANSPOSED):
+        return 0
+    return 0 if layer.groups == layer.in_channels == layer.out_channels else 1
 
 
 def frozen_dtype(num_bits: int) -> torch.dtype:

@@ -287,10 +287,13 @@ class _Kernel:
 
     def _compile(self, graph: Any, example_inputs: Any) -> Any:
         from torch._functorch import config
+        from torch._inductor import config as inductor
         from torch._inductor.compile_fx import compile_fx
 
         # What comes from this cache is not shown to `inner_compile`; the kernels themselves have one of their own.
-        with config.patch(enable_autograd_cache=False):
+        # Division is to round as in eager mode, which Triton's does not by default: packing rounds in eager mode.
+        exact = inductor.patch({"eager_numerics.division_rounding": True})
+        with config.patch(enable_autograd_cache=False), exact:
             return compile_fx(graph, example_inputs, inner_compile=self._record)
 
     def _record(self, *args: Any, **kwargs: Any) -> Any:

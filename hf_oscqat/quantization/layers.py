@@ -83,7 +83,7 @@ class QuantizedLayer(nn.Module):
         quantizer = self.input_quantizer
         if not (isinstance(quantizer, Quantizer) and quantized.requires_grad) or is_traced(quantized):
             return nullcontext()
-        if quantizer.rounds_at_random or not is_compiled(quantized):
+        if quantizer.rounds_at_random or not is_compiled(quantized) or _is_checkpointed():
             return nullcontext()
         input, activation = input.detach(), self.input_activation
         storage = quantized.untyped_storage().data_ptr()
@@ -119,6 +119,12 @@ class StandardisedQuantizedLayer(QuantizedLayer):
         quantized = self._quantized(input)
         with self._keeping(input, quantized):
             return convolve(self, quantized)
+
+
+def _is_checkpointed() -> bool:
+    """Whether gradient checkpointing is at work, which is to keep nothing here; `_keeping` would keep the input."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 _QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {}

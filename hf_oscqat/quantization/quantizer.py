@@ -227,6 +227,12 @@ class Quantizer(nn.Module):
         self.calibrated = bool(torch.isfinite(self.scale).all())
         self.has_frozen = self.frozen_int is not None and bool(is_frozen(self.frozen_int).any())
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Averages of weights (EMA) write into the tensors of their copy, which therefore looks at frozen integers in
+        # every forward.
+        self.has_frozen = self.frozen_int is not None
+
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         granularity = "per_channel" if self.per_channel else "per_tensor"

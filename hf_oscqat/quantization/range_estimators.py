@@ -69,7 +69,7 @@ class RangeEstimator(ABC):
 
         Raises:
             ValueError: if nothing was seen.
-            NoRangeError: if nothing but zeros was seen.
+            NoRangeError: if nothing but zeros was seen, or nothing else lies within a percentile.
         """
         if self.low is None or self.high is None:
             raise ValueError("got no values, expected at least one batch")
@@ -79,6 +79,8 @@ class RangeEstimator(ABC):
         if self.quantizer.signed is None:
             signed = self.quantizer.is_signed
         scale, zero_point = self._grid(signed)
+        if not bool(scale.max() > 0):
+            raise NoRangeError("got so many zeros that the range leaves out everything else, expected more values")
         # A channel of zeros (pruned, or dead in the float model) has no range of its own: any step represents it.
         scale = torch.where(scale > 0, scale, scale.max())
         return GridParameters(scale, zero_point, signed)

@@ -43,10 +43,12 @@ class FreezingSettings:
                 continue
             if not 0 <= value <= 1:
                 raise ValueError(f"got freezing {name}={value!r}, expected an oscillation frequency in [0, 1]")
-            if 0 < value < self.momentum:
+            off = value == 0 and self.threshold == 0 and not self.threshold_final
+            if value < self.momentum and not off:
                 raise ValueError(
                     f"got freezing {name}={value!r} with momentum={self.momentum!r}, expected a threshold of at least "
-                    "the momentum: below it a single oscillation freezes a weight. Use 0 to track without freezing"
+                    "the momentum: below it a single oscillation freezes a weight. Set both thresholds to 0 to track "
+                    "without freezing"
                 )
 
 

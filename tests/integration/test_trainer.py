@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,6 +112,56 @@ def test_tick_sees_the_integers_of_the_forward_and_acts_on_the_next(make_trainer
     assert frozen_before_step[0] == 0
     assert trainer.tracker.frozen_fraction > 0
     assert frozen_before_step == sorted(frozen_before_step)
+
+
+def test_a_given_optimizer_is_ticked_too_and_all_its_groups_have_its_schedule(make_trainer):
+    made = make_trainer({"freezing": FREEZING}, lr_scheduler_type="cosine")
+    groups = [{"params": [p]} for p in made.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    data = {"train_dataset": made.train_dataset, "eval_dataset": made.eval_dataset}
+    trainer = OscQATTrainer(model=made.model, args=made.args, optimizers=(optimizer, None), **data)
+    ticks = []
+    original = trainer.tracker.tick
+    trainer.tracker.tick = lambda threshold: (ticks.append(trainer.step), original(threshold))
+    trainer.train()
+    assert ticks == list(range(1, 11))
+    assert all(group["lr"] < 0.01 for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_remedies_count_once_however_many_micro_batches_there_are(make_trainer, own_loss):
+    moved = []
+    for accumulated in (1, 2, 4):
+        trainer = make_trainer(
+            {"dampening": {"weight": 50.0, "weight_final": 50.0}},
+            gradient_accumulation_steps=accumulated, per_device_train_batch_size=8 // accumulated, max_steps=1,
+        )  # fmt: skip
+        if own_loss:
+            trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch: 0 * outputs.logits.sum()
+        else:
+            trainer.model.timm_model.classifier.latent_weight.data.zero_()  # then the task has no gradient behind it
+        weight = trainer.model.timm_model.conv_stem.latent_weight
+        before = weight.detach().clone()
+        trainer.train()
+        moved.append(weight.detach() - before)
+    assert moved[0].abs().max() > 0
+    for other in moved[1:]:
+        torch.testing.assert_close(other, moved[0])
+
+
+def test_freezing_of_weights_too_wide_to_be_tracked_is_an_error(make_trainer):
+    with pytest.raises(ValueError, match="got freezing and no weights of at most 4 bits"):
+        make_trainer({"weight_bits": 8, "freezing": FREEZING})
+
+
+def test_compiled_training_divides_as_packing_does(make_trainer, monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.eager_numerics, "division_rounding", False)
+    make_trainer()
+    assert not config.eager_numerics.division_rounding
+    make_trainer(torch_compile=True)
+    assert config.eager_numerics.division_rounding
 
 
 def test_remedies_change_training(make_trainer):
@@ -482,6 +533,22 @@ class TestStepsThatAreNotMade:
         trainer.train_dataset = SomeNotFinite(set(range(24)))
         with pytest.raises(RuntimeError, match=r"got 4 steps in a row .*conv_stem.* expected at most 3"):
             trainer.train()
+
+    def test_step_that_fp16s_scaler_skips_leaves_batchnorm_as_it_was(self, make_trainer, monkeypatch):
+        trainer = make_trainer()
+        layer = batchnorm_layers(trainer.model)[0]
+        before = layer.running_mean.clone()
+        monkeypatch.setattr(trainer.accelerator, "scaler", SimpleNamespace(get_scale=lambda: 4.0))
+        monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", property(lambda _: True))
+        batch = next(iter(trainer.get_train_dataloader()))
+        monkeypatch.setattr(trainer.accelerator, "backward", lambda loss, **_: loss.backward())
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.training_step(trainer.model, batch)
+        assert not torch.equal(layer.running_mean, before)
+        # The scaler's factor is not part of the norm that is logged.
+        assert trainer._get_grad_norm(trainer.model) == pytest.approx(trainer._norm_of_gradients() / 4)
+        trainer._note_step_of_scaler()
+        assert torch.equal(layer.running_mean, before)
 
     def test_steps_that_fp16s_scaler_skips_are_counted(self, make_trainer, monkeypatch):
         trainer = make_trainer(max_skipped_steps=1)

@@ -306,6 +306,8 @@ def test_gradient_scale_of_lsq():
 def test_output_channels_are_on_axis_one_of_transposed_convolutions_only():
     assert output_axis(nn.ConvTranspose2d(2, 2, 1)) == output_axis(nn.ConvTranspose1d(2, 2, 1)) == 1
     assert output_axis(nn.Conv2d(2, 2, 1)) == output_axis(nn.Linear(2, 2)) == 0
+    assert output_axis(nn.ConvTranspose2d(4, 4, 1, groups=4)) == 0  # depthwise: its weight is [channels, 1, ..]
+    assert output_axis(nn.ConvTranspose2d(4, 8, 1, groups=4)) == 1
 
 
 def test_broadcast_is_a_view():

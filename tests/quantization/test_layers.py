@@ -2,13 +2,17 @@
 
 import contextlib
 import copy
+import gc
 import pickle
+from functools import partial
 
 import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from hf_oscqat import OscillationTracker, OscQATConfig, prepare_qat
 from hf_oscqat.quantization.gradient_estimators import StochasticRounding
@@ -312,3 +316,24 @@ def test_model_can_be_exported(make_prepared, images):
     model = make_prepared().eval()
     exported = torch.export.export(model, (images,)).module()
     assert torch.equal(exported(images), model(images))
+
+
+def test_gradient_checkpointing_keeps_neither_the_input_nor_the_quantized_one():
+    layer = quantize(nn.Conv2d(6, 4, 3, padding=1))
+    plain = copy.deepcopy(layer)
+    x = torch.randn(2, 6, 5, 5)
+    grads, alive = [], []
+
+    def block(each, images):
+        values = images * 1  # what came out of the layer before
+        alive.append(StorageWeakRef(values.untyped_storage()))
+        return each(values)
+
+    for each, run in ((layer, partial(checkpoint, block, use_reentrant=False)), (plain, block)):
+        own = x.clone().requires_grad_()
+        y = run(each, own)
+        gc.collect()
+        assert alive[-1].expired() == (each is layer)
+        y.square().sum().backward()
+        grads.append([own.grad, *(p.grad for p in each.parameters())])
+    assert all(map(torch.equal, *grads))

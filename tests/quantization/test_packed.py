@@ -29,6 +29,7 @@ LAYERS = {
     "conv2d": (lambda: nn.Conv2d(6, 4, 3, groups=2), (2, 6, 5, 5)),
     "conv3d": (lambda: nn.Conv3d(6, 4, 2), (2, 6, 3, 3, 3)),
     "transposed": (lambda: nn.ConvTranspose2d(6, 4, 3, groups=2), (2, 6, 5, 5)),
+    "depthwise transposed": (lambda: nn.ConvTranspose2d(6, 6, 3, groups=6), (2, 6, 5, 5)),
 }
 
 

@@ -278,3 +278,13 @@ class TestLogScale:
         fresh.load_state_dict(log.state_dict())
         x = torch.randn(9, dtype=torch.float64)
         assert torch.equal(fresh(x), log(x))
+
+
+def test_a_copy_sees_what_is_frozen_in_it_later():
+    quantizer = calibrated()
+    x = torch.linspace(-1, 1, 8)
+    quantizer.allow_freezing(x)
+    average = copy.deepcopy(quantizer)  # as an exponential moving average of weights makes one, and writes into it
+    average.frozen_int.copy_(torch.full((8,), 3, dtype=torch.int8))
+    assert average.to_int(x).tolist() == [3.0] * 8
+    assert quantizer.to_int(x).unique().numel() > 1

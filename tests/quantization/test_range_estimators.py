@@ -11,6 +11,7 @@ from hf_oscqat.quantization.range_estimators import (
     MSE,
     RANGE_ESTIMATORS,
     MinMax,
+    NoRangeError,
     Percentile,
     PublishedMSE,
     RunningMinMax,
@@ -299,3 +300,10 @@ class TestPublished:
             scale = grid(estimator(Quantizer(4, signed=True), keep_all=True), x).scale
             errors.append(squared_error(x, scale, None, -8, 7).item())
         assert errors[0] < 0.98 * errors[1]
+
+
+def test_percentile_that_leaves_out_all_but_zeros_is_no_range():
+    x = torch.zeros(100_000)
+    x[:3] = 1.0
+    with pytest.raises(NoRangeError, match="the range leaves out everything else"):
+        grid(Percentile(Quantizer(4, signed=True)), x)

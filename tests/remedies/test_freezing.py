@@ -29,7 +29,12 @@ def test_bad_setting_is_an_error_that_says_what_is_expected(kwargs, message):
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"threshold": 0}, {"threshold_final": 0}, {"threshold_final": None}, {"threshold": 0.01, "momentum": 0.01}],
+    [
+        {"threshold": 0, "threshold_final": 0},
+        {"threshold": 0, "threshold_final": None},
+        {"threshold_final": None},
+        {"threshold": 0.01, "momentum": 0.01},
+    ],
 )
 def test_setting_at_its_limit_is_accepted(kwargs):
     assert FreezingSettings(**kwargs)
