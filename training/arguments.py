@@ -5,10 +5,12 @@ arguments, reached from the command line with dots: `--quantization.freezing.thr
 others. A key that nothing reads is an error.
 """
 
+import inspect
 import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -29,7 +31,7 @@ from hf_oscqat.remedies import REMEDIES
 USAGE = """usage: accelerate launch training/run_qat.py [RECIPE.yaml ..] [--KEY VALUE ..] [--quantization.KEY VALUE ..]
 
 Trains a timm model on a low-bit grid and writes a packed checkpoint. Recipes are merged in order, then the options.
-The quantization keys are the arguments of hf_oscqat.OscQATConfig, whose docstring explains them. docs/publishing.md
+The quantization keys are the arguments of hf_oscqat.OscQATConfig. docs/publishing.md
 says what is pushed to the Hub.
 """
 
@@ -67,7 +69,7 @@ class RunArguments:
     """What to do with the model besides training it on the grid."""
 
     float_epochs: float = field(
-        default=0.0, metadata={"help": "Epochs of float training first, for a model without weights."}
+        default=0.0, metadata={"help": "Epochs of float training first: from scratch, or to fine-tune a new head."}
     )
     float_learning_rate: float = field(default=1e-3, metadata={"help": "Its learning rate; the optimizer is AdamW."})
     calibration_batches: int = field(default=8, metadata={"help": "Training batches that initial ranges come from."})
@@ -185,15 +187,31 @@ def parse(argv: list[str]) -> Settings:
 
 
 def _quantization_keys() -> str:
-    """List the arguments of `OscQATConfig` and of each remedy, with their defaults."""
+    """List the arguments of `OscQATConfig` and of each remedy, with what they are and their defaults."""
     written_by_pack = ("checkpoint_format", "format_version", "layers", "quant_method")
     defaults = {key: value for key, value in OscQATConfig().to_dict().items() if key not in written_by_pack}
+    described = _described_arguments(OscQATConfig)
     for remedy in REMEDIES:
         defaults.pop(remedy, None)
         chosen: dict[str, Any] = {remedy: {}}
         settings = getattr(OscQATConfig(**chosen), remedy)
         defaults |= {f"{remedy}.{field.name}": getattr(settings, field.name) for field in fields(settings)}
-    return "\n".join(f"  --quantization.{key} (default: {value})" for key, value in defaults.items())
+        described |= {f"{remedy}.{name}": text for name, text in _described_arguments(type(settings)).items()}
+    lines = []
+    for key, value in defaults.items():
+        text = f"{described[key]} (default: {value})"
+        lines += [
+            f"  --quantization.{key}",
+            textwrap.fill(text, 80, initial_indent=" " * 8, subsequent_indent=" " * 8),
+        ]
+    return "\n".join(lines)
+
+
+def _described_arguments(documented: type) -> dict[str, str]:
+    """What the docstring of a class says of each argument."""
+    arguments = (inspect.getdoc(documented) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    found = re.finditer(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE)
+    return {match[1]: " ".join(match[2].split()) for match in found}
 
 
 def _for_others(argv: list[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """Recipes and command line: what is merged, what wins, what is refused."""
 
+import re
+
 import pytest
 
 from arguments import RecipeError, load_recipe, parse
@@ -110,6 +112,11 @@ def test_help_names_keys_of_all_kinds(capsys):
     shown = capsys.readouterr().out
     for key in ("--dataset_name", "--float_epochs", "--learning_rate", "--model_name_or_path", "--quantization.KEY"):
         assert key in shown
+    # What the docstrings say of an argument, of the config and of a remedy.
+    text = " ".join(shown.split())
+    assert "--quantization.first_last_bits width of the first layer's weight and of the last layer's weight" in text
+    assert "--quantization.freezing.momentum " in text
+    assert not re.search(r"--quantization\.\S+ \(default", text)
 
 
 def test_text_stays_as_typed_and_none_means_none():
