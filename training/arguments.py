@@ -31,8 +31,7 @@ from hf_oscqat.remedies import REMEDIES
 USAGE = """usage: accelerate launch training/run_qat.py [RECIPE.yaml ..] [--KEY VALUE ..] [--quantization.KEY VALUE ..]
 
 Trains a timm model on a low-bit grid and writes a packed checkpoint. Recipes are merged in order, then the options.
-The quantization keys are the arguments of hf_oscqat.OscQATConfig. docs/publishing.md
-says what is pushed to the Hub.
+The quantization keys are the arguments of hf_oscqat.OscQATConfig. docs/publishing.md says what is pushed to the Hub.
 """
 
 
