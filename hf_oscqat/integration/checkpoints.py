@@ -110,6 +110,34 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return [found[step] for step in sorted(found, reverse=True)]
 
 
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; killed meanwhile, this leaves no half of one in its place. A failure is a warning."""
+    old = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        checkpoint.rename(old)
+    except OSError as error:
+        logger.warning("checkpoint %s cannot be removed: %s", checkpoint, error)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def rotate(output_dir: str | Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints until so many are left; the newest and the best stay, as in transformers.
+
+    Args:
+        output_dir: folder of the run.
+        limit: None or 0 removes nothing.
+        best: path of the best checkpoint, or None.
+    """
+    for half_removed in Path(output_dir).glob(f".{PREFIX}*.old"):
+        shutil.rmtree(half_removed, ignore_errors=True)
+    found = checkpoints(output_dir)
+    kept = {*found[:1], *([] if best is None else [Path(best)])}
+    too_many = len(found) - max(limit, len(kept)) if limit else 0
+    for checkpoint in [path for path in reversed(found) if path not in kept][: max(too_many, 0)]:
+        remove(checkpoint)
+
+
 def last_good_checkpoint(output_dir: str | Path) -> str | None:
     """Return the newest checkpoint that can be continued from, or None; warn about each newer one that cannot.
 

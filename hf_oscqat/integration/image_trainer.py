@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 from hf_oscqat.integration.checkpoints import (
     PREFIX,
@@ -23,6 +23,8 @@ from hf_oscqat.integration.checkpoints import (
     last_good_checkpoint,
     processes_of,
     put_in_place,
+    remove,
+    rotate,
     what_is_wrong,
     write_manifest,
 )
@@ -157,18 +159,14 @@ class ImageTrainer(Trainer):
             put_in_place(beside / name, run_dir / name)
             shutil.rmtree(beside, ignore_errors=True)
             self._drop_damaged(run_dir)
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+            rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _drop_damaged(self, run_dir: Path) -> None:
         """Remove damaged checkpoints of later steps, now that there is a good one to continue from."""
         for path in checkpoints(run_dir):
             if int(path.name.removeprefix(PREFIX)) > self.state.global_step and what_is_wrong(path) is not None:
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
 
 
 class _Preemption(TrainerCallback):

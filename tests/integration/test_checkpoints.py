@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 
@@ -11,6 +12,8 @@ from hf_oscqat.integration.checkpoints import (
     last_good_checkpoint,
     processes_of,
     put_in_place,
+    remove,
+    rotate,
     what_is_wrong,
     whole_folder,
     write_manifest,
@@ -140,3 +143,38 @@ class TestLastGoodCheckpoint:
         assert processes_of(make_checkpoint(2)) == 1
         listed = json.loads((make_checkpoint(1) / MANIFEST).read_text())["files"]
         assert sorted(listed) == ["model.safetensors", "sub/more.txt"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, None, [40, 30, 20, 10]),
+        (0, None, [40, 30, 20, 10]),
+        (2, None, [40, 30]),
+        (2, 10, [40, 10]),
+        (1, 20, [40, 20]),
+        (1, 40, [40]),
+        (9, 10, [40, 30, 20, 10]),
+    ],
+)
+def test_the_oldest_are_removed_and_newest_and_best_stay(tmp_path, limit, best, left):
+    for step in (10, 20, 30, 40):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / ".checkpoint-5.old").mkdir()  # of a process that was killed while it removed one
+    rotate(tmp_path, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+    assert len(list(tmp_path.iterdir())) == len(left)
+
+
+def test_a_checkpoint_is_gone_from_its_place_before_a_file_of_it_is(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoint-10"
+    checkpoint.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # as if killed there
+    remove(checkpoint)
+    assert checkpoints(tmp_path) == []
+    assert (tmp_path / ".checkpoint-10.old").is_dir()
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, caplog):
+    remove(tmp_path / "checkpoint-10")
+    assert "checkpoint-10 cannot be removed" in caplog.text
