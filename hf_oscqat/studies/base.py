@@ -98,11 +98,15 @@ def show(study: Study, result: StudyResult, files: list[Path], console: Console 
     for column in result.rows[0]:
         if column not in below:
             justify: JustifyMethod = "right" if isinstance(result.rows[0][column], int | float) else "left"
-            one_word = all(" " not in _text(row[column]) for row in result.rows)
-            table.add_column(column.replace("_", " "), justify=justify, overflow="fold", no_wrap=one_word)
+            heading = column.replace("_", " ")
+            cells = [_text(row[column]) for row in result.rows]
+            whole = [*heading.split(), *(part for cell in cells for part in _unbroken(cell))]
+            table.add_column(heading, justify=justify, min_width=max(map(len, whole)))
     for row in result.rows:
         table.add_row(*(_text(value) for column, value in row.items() if column not in below))
-    console.print(table)
+    # Wider than the screen rather than with words in pieces.
+    needed = table.__rich_measure__(console, console.options).minimum
+    console.print(table, width=max(console.width, needed), crop=False)
     for row in result.rows:
         name = " ".join(takewhile(lambda value: isinstance(value, str), row.values()))
         for column in below:
@@ -110,6 +114,11 @@ def show(study: Study, result: StudyResult, files: list[Path], console: Console 
                 console.print(f"{name}: {column.replace('_', ' ')}: {row[column]}", soft_wrap=True, highlight=False)
     console.print(result.finding)
     console.print(f"[dim]{study.source}. Written: {', '.join(map(str, files))}[/dim]", soft_wrap=True)
+
+
+def _unbroken(cell: str) -> list[str]:
+    """What of a cell stays on a line: all of it, such as a mean and its deviation, or each word of a longer text."""
+    return [cell] if len(cell) <= LONGEST_CELL // 2 else cell.split()
 
 
 def _text(value: Any) -> str:

@@ -676,7 +676,8 @@ def _draw(found: dict[tuple[str, str, str], list[dict[str, Any] | None]]) -> Fig
                 steps, shares = zip(
                     *((point["step"], point["oscillating_percent"]) for point in result["history"]), strict=True
                 )
-                label = method if result is results[0] else ""
+                # The trials may have chosen other rates, and weights oscillate more at a higher one.
+                label = f"{method}, rate {result['learning_rate']:g}" if result is results[0] else ""
                 bottom.plot(steps, shares, color=colours[method], linewidth=1.2, label=label)
         top.set_xticks(range(len(METHODS)), list(METHODS))
         top.set_xlim(-0.5, len(METHODS) - 0.5)
