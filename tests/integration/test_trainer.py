@@ -154,14 +154,14 @@ def test_freezing_of_weights_too_wide_to_be_tracked_is_an_error(make_trainer):
         make_trainer({"weight_bits": 8, "freezing": FREEZING})
 
 
-def test_compiled_training_divides_as_packing_does(make_trainer, monkeypatch):
+def test_compiled_training_divides_as_packing_does(make_trainer):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.eager_numerics, "division_rounding", False)
-    make_trainer()
-    assert not config.eager_numerics.division_rounding
-    make_trainer(torch_compile=True)
-    assert config.eager_numerics.division_rounding
+    with config.patch({"eager_numerics.division_rounding": False}):
+        make_trainer()
+        assert not config.eager_numerics.division_rounding
+        make_trainer(torch_compile=True)
+        assert config.eager_numerics.division_rounding
 
 
 def test_remedies_change_training(make_trainer):
