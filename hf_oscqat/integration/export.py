@@ -15,7 +15,7 @@ from hf_oscqat.integration.modeling import (
     OscQATTimmModel,
 )
 from hf_oscqat.prepare import attach_config, short_name
-from hf_oscqat.quantization.functional import MIN_SCALE
+from hf_oscqat.quantization.functional import MIN_SCALE, grid_zero
 from hf_oscqat.quantization.layers import QuantizedLayer, quantized_layers
 from hf_oscqat.quantization.packed import GridFormat, LayerFormat, PackedLayer, fill_packed, make_packed
 from hf_oscqat.quantization.quantizer import Quantizer
@@ -85,7 +85,7 @@ def _pack_layer(layer: QuantizedLayer) -> PackedLayer:
             tensors[f"{part}_scale"] = quantizer.scale.detach().clamp(min=MIN_SCALE)
             if quantizer.zero_point is not None:
                 zero_point = quantizer.zero_point.detach()
-                tensors[f"{part}_zero_point"] = zero_point.round().clamp(quantizer.qmin, quantizer.qmax)
+                tensors[f"{part}_zero_point"] = grid_zero(zero_point, quantizer.qmin, quantizer.qmax)
     if weights is not None:
         tensors["weight_int"] = weights.to_int(layer.float_weight)
     for name in ("weight_quantizer", "input_quantizer", "oscillation"):

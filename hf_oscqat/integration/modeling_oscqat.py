@@ -712,8 +712,9 @@ def positive_scale(scale: Tensor, dtype: torch.dtype, ndim: int, axis: int) -> T
     return broadcast_to_axis(scale.to(dtype).clamp(min=MIN_SCALE), ndim, axis)
 
 
-def _grid_zero(zero_point: Tensor | None, qmin: int, qmax: int) -> Tensor | int:
-    return 0 if zero_point is None else zero_point.round().clamp(qmin, qmax)
+def grid_zero(zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """The integer that stands for 0.0: a learned zero-point, rounded and clamped to the grid; shaped like it."""
+    return zero_point.round().clamp(qmin, qmax)
 
 
 def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -767,7 +768,7 @@ def _round_to_grid(
     dtype = _compute_dtype(x, scale)
     x_int = rounding(x.to(dtype) / positive_scale(scale, dtype, x.ndim, axis))
     if zero_point is not None:
-        x_int += _grid_zero(broadcast_to_axis(zero_point.to(dtype), x.ndim, axis), qmin, qmax)
+        x_int += grid_zero(broadcast_to_axis(zero_point.to(dtype), x.ndim, axis), qmin, qmax)
     x_int = x_int.clamp(qmin, qmax)  # not in place, for which torch.func.vmap has no rule
     return x_int if frozen_int is None else _replace_frozen(x_int, frozen_int)[0]
 
@@ -868,7 +869,7 @@ def quantize(
     rounding = torch.round_ if noise is None else partial(estimator.round, noise=noise)
     x_int = _round_to_grid(clamped, scale, zero_point, qmin, qmax, axis, frozen_int, rounding)
     if zero_point is not None:
-        x_int -= _grid_zero(broadcast_to_axis(zero_point.to(x_int.dtype), x.ndim, axis), qmin, qmax)
+        x_int -= grid_zero(broadcast_to_axis(zero_point.to(x_int.dtype), x.ndim, axis), qmin, qmax)
     # Dynamo of torch 2.11 loses all gradients where an autograd function returns what was written in place or what a
     # cast without effect gave.
     y = x_int * positive_scale(scale, x_int.dtype, x.ndim, axis)
@@ -903,7 +904,7 @@ def quantize_backward(
     rounded = estimator.round(u, noise)
     slope = estimator.slope(u - rounded, grad, qmax - qmin)
     residual = rounded - (u if slope is None else u.mul_(slope))
-    zero = None if z is None else _grid_zero(z, qmin, qmax)
+    zero = None if z is None else grid_zero(z, qmin, qmax)
     position = rounded if zero is None else rounded.add_(zero)
     w_int = position.clamp(qmin, qmax)
     passes = position.eq_(w_int)

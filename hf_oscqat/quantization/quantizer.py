@@ -15,6 +15,7 @@ from hf_oscqat.quantization.functional import (
     broadcast_to_axis,
     fake_quantize,
     frozen_dtype,
+    grid_zero,
     is_frozen,
     live_sentinel,
     lsq_gradient_scale,
@@ -170,16 +171,18 @@ class Quantizer(nn.Module):
         scale = positive_scale(self.scale, self.scale.dtype, x_int.ndim, self.axis)
         if self.zero_point is None:
             return x_int * scale
-        zero = broadcast_to_axis(self.zero_point, x_int.ndim, self.axis).round().clamp(self.qmin, self.qmax)
-        return (x_int - zero) * scale
+        return (x_int - self._grid_zero(x_int.ndim)) * scale
 
     def to_grid(self, x: Tensor) -> Tensor:
         """Where `x` lies between the integers of this grid: `x / scale + zero_point`, neither rounded nor clamped."""
         position = x / positive_scale(self.scale, self.scale.dtype, x.ndim, self.axis)
         if self.zero_point is None:
             return position
-        zero = broadcast_to_axis(self.zero_point, x.ndim, self.axis).round()
-        return position + zero.clamp(self.qmin, self.qmax)
+        return position + self._grid_zero(x.ndim)
+
+    def _grid_zero(self, ndim: int) -> Tensor:
+        assert self.zero_point is not None
+        return grid_zero(broadcast_to_axis(self.zero_point, ndim, self.axis), self.qmin, self.qmax)
 
     @property
     def rounds_at_random(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hf_oscqat.quantization.functional import broadcast_to_axis, positive_scale, to_int
+from hf_oscqat.quantization.functional import broadcast_to_axis, grid_zero, positive_scale, to_int
 from hf_oscqat.quantization.kernels import one_pass
 from hf_oscqat.quantization.layers import quantized_weights
 from hf_oscqat.remedies.base import Remedy
@@ -77,7 +77,7 @@ def _distance(tensors: Any, parameters: Any, bounds: Any, axis: int) -> tuple[Te
     step = positive_scale(scale, w_int.dtype, weight.ndim, axis)
     low, high = step * qmin, step * qmax
     if zero_point is not None:
-        zero = broadcast_to_axis(zero_point.to(w_int.dtype), weight.ndim, axis).round().clamp(qmin, qmax)
+        zero = grid_zero(broadcast_to_axis(zero_point.to(w_int.dtype), weight.ndim, axis), qmin, qmax)
         w_int, low, high = w_int - zero, (qmin - zero) * step, (qmax - zero) * step
     clipped = torch.minimum(torch.maximum(weight, low), high)
     inside = clipped.clone().eq_(weight)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_oscqat.prepare import short_name
-from hf_oscqat.quantization.functional import is_frozen, positive_scale
+from hf_oscqat.quantization.functional import grid_zero, is_frozen, positive_scale
 from hf_oscqat.quantization.layers import QuantizedLayer, quantized_layers
 from hf_oscqat.remedies.batchnorm import batchnorm_layers, kl_divergence
 from hf_oscqat.remedies.tracker import OscillationTracker, oscillation_state
@@ -312,7 +312,7 @@ def grid_position(layer: QuantizedLayer, coordinates: Coordinates) -> Tensor:
     assert quantizer is not None
     weight = layer.float_weight[coordinates]
     scale = positive_scale(quantizer.scale, quantizer.scale.dtype, 1, 0)
-    zero = None if quantizer.zero_point is None else quantizer.zero_point.round().clamp(quantizer.qmin, quantizer.qmax)
+    zero = None if quantizer.zero_point is None else grid_zero(quantizer.zero_point, quantizer.qmin, quantizer.qmax)
     if quantizer.per_channel:
         channels = coordinates[quantizer.axis]
         scale, zero = scale[channels], None if zero is None else zero[channels]
