@@ -116,7 +116,8 @@ class TestFolder:
         ):
             verify(str(folder), **QUIET)
 
-    def test_name_that_is_neither(self):
+    def test_name_that_is_neither(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # `make demo` makes one of these folders in the project
         for name in ("nothing", "runs/quickstart/packed", "./packed", "/packed"):
             with pytest.raises(HubError, match="expected a folder that exists, or a Hub id such as org/name"):
                 verify(name)
