@@ -518,9 +518,8 @@ class OscQATTrainer(ImageTrainer):
         generator = torch.Generator().manual_seed(self.args.seed)
         order = torch.randperm(len(self.train_dataset), generator=generator).tolist()
         # Where they are current already, there is no difference to record.
-        is_recorded = self._recording is not None and self.state.global_step > 0 and not self._statistics_are_current
-        self._statistics_are_current = True
-        if self._recording is None or not is_recorded:
+        changed, self._statistics_are_current = not self._statistics_are_current, True
+        if self._recording is None or self.state.global_step == 0 or not changed:
             self._dead = self._reestimate(order[:wanted])
             return
         before = running_statistics(self.model)

@@ -348,8 +348,9 @@ class Table:
         missing = [cell for cell in chosen if self.results(cell) is None or self.settings.again]
         for cell in missing:
             self.trials(cell)
-        for cell in missing:
-            self._file("cells", cell).unlink(missing_ok=True)
+        if self.settings.again:  # otherwise another process may have trained one of them by now
+            for cell in missing:
+                self._file("cells", cell).unlink(missing_ok=True)
         for network in dict.fromkeys(cell.network for cell in missing):
             self._float_model(network)
         kinds = dict.fromkeys((cell.network, cell.width, cell.method) for cell in missing)
