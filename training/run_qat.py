@@ -50,7 +50,7 @@ from hf_oscqat.integration.data import (
     resolve_data_config,
 )
 from hf_oscqat.integration.evaluate import Evaluation, accuracy_metrics, evaluate_accuracy, keep_top5
-from hf_oscqat.integration.image_trainer import ImageTrainer, Preempted
+from hf_oscqat.integration.image_trainer import ImageTrainer, Preempted, leave_process_group
 from hf_oscqat.integration.models import timm_wrapper
 from hf_oscqat.integration.pixels import normalize_pixels
 from hf_oscqat.integration.publish import (
@@ -617,6 +617,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 if __name__ == "__main__":
+    code: int | str | None = 0
     try:
         main()
         PartialState().wait_for_everyone()  # whoever leaves first would break the others' connections
@@ -626,6 +627,7 @@ if __name__ == "__main__":
         raise SystemExit(f"error: {error}") from error
     except Preempted as preempted:
         logger.warning("stopped at step %d after saving; the same command continues", preempted.step)
-        raise
+        code = preempted.code  # and not `raise`: its traceback would keep the trainer alive
     finally:
-        PartialState().destroy_process_group()
+        leave_process_group()
+    raise SystemExit(code)

@@ -5,14 +5,15 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from train_and_report import RandomImages
 from transformers import TrainerCallback
 
-from accelerate import PartialState
 from hf_oscqat import OscQATConfig, OscQATTrainer, OscQATTrainingArguments, calibrate, prepare_qat
 from hf_oscqat.integration.checkpoints import checkpoints
+from hf_oscqat.integration.image_trainer import leave_process_group
 from hf_oscqat.integration.models import timm_wrapper
 
 
@@ -48,9 +49,15 @@ def change(model):
         weight[7] = torch.nextafter(weight[7], torch.tensor(1e9))
 
 
-def main(folder: Path) -> None:
-    """Write what each rank met."""
-    report = {}
+def gloo_threads() -> list[str]:
+    """Names of the threads of this process that serve its connections to others."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
+def main(folder: Path) -> dict[str, Any]:
+    """What this rank met."""
+    report: dict[str, Any] = {}
     trainer = make_trainer(folder)
     trainer.add_callback(OnOneRank(2, change))
     try:
@@ -63,10 +70,13 @@ def main(folder: Path) -> None:
         trainer.train()
     except SystemExit as stopped:
         report |= {"code": stopped.code, "step": trainer.state.global_step}
-    report["checkpoints"] = [path.name for path in checkpoints(folder / "run")]
-    (folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(report))
-    PartialState().destroy_process_group()
+    report |= {"checkpoints": [path.name for path in checkpoints(folder / "run")], "rank": trainer.args.process_index}
+    return report
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    met = main(Path(sys.argv[1]))
+    met["gloo_threads"] = [bool(gloo_threads())]
+    leave_process_group()
+    met["gloo_threads"].append(bool(gloo_threads()))
+    Path(sys.argv[1], f"rank{met['rank']}.json").write_text(json.dumps(met))

@@ -4,7 +4,6 @@ accelerate launch --config_file ../../training/accelerate/cpu_2proc.yaml same_re
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 
 from accelerate import PartialState
 from hf_oscqat import OscQATConfig, OscQATTrainer, OscQATTrainingArguments, calibrate, prepare_qat
+from hf_oscqat.integration.image_trainer import leave_process_group
 from hf_oscqat.integration.models import timm_wrapper
 
 GLOBAL_BATCH = 32
@@ -124,5 +124,4 @@ if __name__ == "__main__":
     for name, settings in json.loads(sys.argv[2]).items():
         train(Path(sys.argv[1], name), **settings)
     PartialState().wait_for_everyone()
-    sys.stdout.flush()
-    os._exit(0)  # threads of several process groups' worth of trainers now and then abort at a regular exit
+    leave_process_group()

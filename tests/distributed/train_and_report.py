@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from accelerate import PartialState
 from hf_oscqat import (
     OscQATConfig,
     OscQATTrainer,
@@ -17,6 +16,7 @@ from hf_oscqat import (
     reestimate_batchnorm,
 )
 from hf_oscqat.checkpoint import digest
+from hf_oscqat.integration.image_trainer import leave_process_group
 from hf_oscqat.integration.models import timm_wrapper
 
 FREEZING = {"momentum": 0.1, "threshold": 0.1, "threshold_final": 0.1, "anneal_start": 0.0}
@@ -75,4 +75,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    PartialState().destroy_process_group()
+    leave_process_group()
