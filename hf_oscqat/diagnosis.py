@@ -22,14 +22,15 @@ def dead_quantizers(model: nn.Module, batch: Batch) -> list[str]:
         batch: images, or a dict of what the model's forward takes; one forward is made.
 
     Returns:
-        Names such as `blocks.0.conv.input_quantizer`, in the order of definition.
+        Names such as `blocks.0.conv.input_quantizer`: of weights in the order of definition, then of inputs in that of
+        use.
     """
-    dead: list[str] = []
+    is_dead: dict[str, bool] = {}  # of a layer that is used twice, if both times
 
     def look(name: str, quantizer: Quantizer, x: Tensor) -> None:
         integers = quantizer.to_int(x)
-        if integers.numel() > 1 and bool(integers.amin() == integers.amax()):
-            dead.append(name)
+        constant = integers.numel() > 1 and bool(integers.amin() == integers.amax())
+        is_dead[name] = constant and is_dead.get(name, True)
 
     def watch(name: str, layer: QuantizedLayer) -> torch.utils.hooks.RemovableHandle:
         def before_forward(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -50,7 +51,7 @@ def dead_quantizers(model: nn.Module, batch: Batch) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    return dead
+    return [name for name, dead in is_dead.items() if dead]
 
 
 def scales_at_minimum(model: nn.Module) -> list[str]:

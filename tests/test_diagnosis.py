@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
-from hf_oscqat import dampening_loss, fake_quantize
+from hf_oscqat import OscQATConfig, calibrate, dampening_loss, fake_quantize, prepare_qat
 from hf_oscqat.diagnosis import dead_quantizers, not_finite, scales_at_minimum
 from hf_oscqat.quantization.functional import MIN_SCALE
 from hf_oscqat.quantization.layers import quantizers
@@ -19,6 +20,25 @@ class TestDeadQuantizers:
             model.pw.input_quantizer.scale.fill_(1e4)
         assert dead_quantizers(model, images) == ["pw.input_quantizer"]
         assert model.training
+
+    def test_layer_that_is_used_twice_is_dead_if_both_times(self):
+        class Twice(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.shared = nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def forward(self, x):
+                return self.shared(self.first(x)), self.shared(self.gain * x)
+
+        model, x = Twice(), torch.randn(8, 4)
+        model.gain = 1.0
+        prepare_qat(model, OscQATConfig(first_last_bits=4))
+        calibrate(model, [x])
+        model.gain = 0.0
+        assert dead_quantizers(model, x) == []
+        with torch.no_grad():
+            model.shared.input_quantizer.scale.fill_(1e4)
+        assert dead_quantizers(model, x) == ["shared.input_quantizer"]
 
     def test_weight_at_one_integer(self, make_prepared, images):
         model = make_prepared()

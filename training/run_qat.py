@@ -43,6 +43,7 @@ from hf_oscqat.integration.data import (
     ImageDataset,
     build_transforms,
     collate,
+    is_commit,
     load_image_data,
     loading_speed,
     pin_dataset,
@@ -51,7 +52,7 @@ from hf_oscqat.integration.data import (
 )
 from hf_oscqat.integration.evaluate import Evaluation, accuracy_metrics, evaluate_accuracy, keep_top5
 from hf_oscqat.integration.image_trainer import ImageTrainer, Preempted, leave_process_group
-from hf_oscqat.integration.models import timm_wrapper
+from hf_oscqat.integration.models import check_classes, timm_wrapper
 from hf_oscqat.integration.pixels import normalize_pixels
 from hf_oscqat.integration.publish import (
     float_bytes,
@@ -168,7 +169,8 @@ def _run(settings: Settings, data: ImageData, origin: "Origin") -> dict[str, Any
     if not difference <= 1e-5:
         raise RuntimeError(f"the packed model differs from the trained one by {difference:.1e} of the largest logit")
     evaluations["packed"] = _evaluate(loaded, data.validation, training)
-    results = _results(settings, data, trainer, evaluations, difference, outcome.metrics, data_speed, origin)
+    metrics = outcome.metrics if checkpoint is None else {}
+    results = _results(settings, data, trainer, evaluations, difference, metrics, data_speed, origin)
     if training.should_save:
         before = json.loads((output_dir / BEFORE).read_text(encoding="utf-8"))
         write_companions(
@@ -427,11 +429,7 @@ def _evaluate_only(settings: Settings, data: ImageData) -> dict[str, Any]:
     model_args = settings.model.model_args if isinstance(settings.model.model_args, dict) else None
     name = settings.model.model_name_or_path
     model = timm_wrapper(name, None, pretrained=settings.model.pretrained, model_args=model_args)
-    if model.config.num_labels != len(data.class_names):
-        raise ValueError(
-            f"got {name} with {model.config.num_labels} classes and data with {len(data.class_names)}, expected as "
-            "many: what its outputs mean would be a guess"
-        )
+    check_classes(model.config, data.class_names, name)
     _set_transforms(model, data, settings)
     measured = asdict(_evaluate(model, data.validation, settings.training))
     if settings.training.process_index == 0:
@@ -458,7 +456,10 @@ def _results(
     data_speed: float,
     origin: "Origin",
 ) -> dict[str, Any]:
-    """Collect what card and table show; `results.json` holds the same."""
+    """Collect what card and table show; `results.json` holds the same.
+
+    `metrics` are those of a training that was not interrupted, else none: times would be of its last part.
+    """
     training, model = settings.training, trainer.model
     pretrained_cfg = model.config.pretrained_cfg
     oscillation = oscillation_facts(trainer.state.log_history)
@@ -493,8 +494,8 @@ def _results(
         "layers": layer_facts(model),
         "packed_difference": difference,
         "run": {
-            **run_facts(trainer, command=settings.command, seconds=metrics.get("train_runtime", 0.0), recipe=True),
-            "images_per_second": metrics.get("train_samples_per_second", 0.0),
+            **run_facts(trainer, command=settings.command, seconds=metrics.get("train_runtime"), recipe=True),
+            "images_per_second": metrics.get("train_samples_per_second"),
             "data_images_per_second": data_speed,
             "data_workers": training.dataloader_num_workers,
         },
@@ -542,10 +543,13 @@ def _dataset_commit(settings: Settings) -> str | None:
     if name is None or name == "digits" or Path(name).exists():
         return asked
     before = Path(settings.training.output_dir, RECIPE)
-    if asked is None and before.is_file():
+    if before.is_file() and not is_commit(asked):
         begun = yaml.safe_load(before.read_text(encoding="utf-8")) or {}
         if begun.get("dataset_name") == name:
-            return begun.get("dataset_revision")
+            commit: str | None = begun.get("dataset_revision")
+            if asked is not None:  # a branch may have moved on since, and the Hub be out of reach
+                logger.warning("the run goes on with commit %s of %s, whatever %r is by now", commit, name, asked)
+            return commit
     return pin_dataset(name, asked)
 
 
@@ -582,10 +586,12 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
         )
     run = results["run"]
     if "data_images_per_second" in run:
-        console.print(
-            f"Training: {run['images_per_second']:.0f} images/s, evaluation included; its data alone: "
-            f"{run['data_images_per_second']:.0f} images/s (dataloader_num_workers {run['data_workers']})"
-        )
+        speed = run["images_per_second"]
+        data = f"{run['data_images_per_second']:.0f} images/s (dataloader_num_workers {run['data_workers']})"
+        if speed is None:
+            console.print(f"Training data alone: {data}")
+        else:
+            console.print(f"Training: {speed:.0f} images/s, evaluation included; its data alone: {data}")
     console.print(f"The checkpoint, loaded with AutoModelForImageClassification: {results['model']['path']}")
 
 

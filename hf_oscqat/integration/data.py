@@ -494,6 +494,11 @@ def load_image_data(args: DataArguments, seed: int, need_train: bool = True) -> 
     )
 
 
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a whole commit hash, which always means the same."""
+    return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
 def pin_dataset(dataset: str, revision: str | None) -> str | None:
     """Return the commit that a dataset of the Hub is at, so that what was measured on can be found again.
 
@@ -504,7 +509,7 @@ def pin_dataset(dataset: str, revision: str | None) -> str | None:
     Returns:
         The commit; the revision as it is, with a warning, where the Hub does not say.
     """
-    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+    if is_commit(revision):
         return revision
     try:
         return HfApi().dataset_info(dataset, revision=revision, timeout=30).sha or revision

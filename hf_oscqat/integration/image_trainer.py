@@ -124,6 +124,9 @@ class ImageTrainer(Trainer):
             return None
         self._load_from_checkpoint(checkpoint)
         self.state = state
+        # The file is the first process's.
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
         self._load_rng_state(checkpoint)
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
             self._load_best_model()
@@ -146,6 +149,10 @@ class ImageTrainer(Trainer):
         )
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether to save where only the best is saved; what SIGTERM asked for is."""
+        return super()._determine_best_metric(metrics, trial) or self._preemption.stopped
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
@@ -173,6 +180,9 @@ class ImageTrainer(Trainer):
             shutil.rmtree(beside, ignore_errors=True)
             self._drop_damaged(run_dir)
             rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self._preemption.stopped:
+            # In memory only; transformers would load the best model, and with a limit of one keep no other.
+            self.state.best_model_checkpoint = None
         self.accelerator.wait_for_everyone()
 
     def _drop_damaged(self, run_dir: Path) -> None:
@@ -218,10 +228,11 @@ class _Preemption(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self.stopped:  # everything is saved, and time is short
-            control.should_save = control.should_evaluate = False
-            # In memory only; transformers would load the best model, and with a limit of one keep no other.
-            state.best_model_checkpoint = None
+        if self.stopped:
+            # Time is short and everything is saved, unless this is the end of an epoch, which comes but once: what is
+            # evaluated here belongs into the checkpoint.
+            is_whole = state.epoch is not None and state.epoch == int(state.epoch)
+            control.should_save = control.should_evaluate = control.should_evaluate and is_whole
         return control
 
     def _anyone_asked(self, args: TrainingArguments, step: int) -> bool:

@@ -134,7 +134,8 @@ class _PublishedModel:
                 if WEIGHT_FILE.fullmatch(path.name) and path.name not in written:
                     path.unlink()
         if push:
-            given = {key: kwargs[key] for key in ("token", "private", "create_pr", "revision") if key in kwargs}
+            names = ("token", "private", "create_pr", "revision", "license", "commit_message")
+            given = {name: kwargs[name] for name in names if name in kwargs}
             self.push_to_hub(repo_id, **given)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
@@ -142,7 +143,8 @@ class _PublishedModel:
 
         Args:
             repo_id: `org/name`.
-            **kwargs: as in `hf_oscqat.hub.push.push_folder`: token, private, create_pr, revision, license, message.
+            **kwargs: as in `hf_oscqat.hub.push.push_folder`: token, private, create_pr, revision, license; and
+                `commit_message`.
 
         Returns:
             The commit, and what it changed.

@@ -86,7 +86,7 @@ class GradientEstimator:
 
 @dataclass(frozen=True, eq=False)
 class EWGS(GradientEstimator):
-    """Element-wise gradient scaling: larger where the step would lead away from the integer.
+    """Element-wise gradient scaling: larger where the step leads towards the integer, smaller where it leads away.
 
     Formula: `dL/du = g * (1 + delta * sign(g) * (u - round(u)))`.
 
@@ -339,8 +339,10 @@ def one_pass(
     """
     first = tensors[0]
     assert first is not None
+    if is_traced(first):  # asked first: a question about the size would tie a traced graph to it
+        return function(tensors, parameters, bounds, axis, *static)
     is_small = first.is_cpu and first.numel() < SMALL
-    layout = None if is_small or is_traced(first) else _layout(first)
+    layout = None if is_small else _layout(first)
     # What is written to must not be a copy in another layout.
     copies = (
         in_place
@@ -1509,7 +1511,7 @@ def fold_activations(model: nn.Module) -> None:
     """Move activations into the quantized layers behind them, in place, where that is known to be safe."""
     for block, path, activation, layer in list(_foldable(model)):
         bounds = _bounds(activation)
-        if bounds is not None and _quantizes_input(layer):
+        if bounds is not None and _quantizes_input(layer) and not _is_watched(activation, layer):
             layer.input_activation = bounds  # type: ignore[assignment]
             _replace(block, path, FoldedActivation(activation))
 
@@ -1519,6 +1521,11 @@ def _quantizes_input(layer: nn.Module) -> bool:
     if isinstance(layer, PackedLayer):
         return layer.format.input is not None
     return getattr(layer, "input_quantizer", None) is not None
+
+
+def _is_watched(activation: nn.Module, layer: nn.Module) -> bool:
+    """Whether a hook sees what passes from one to the other, such as timm's feature extraction."""
+    return bool(layer._forward_pre_hooks or activation._forward_hooks or activation._forward_pre_hooks)
 
 
 def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, nn.Module]]:
@@ -1859,7 +1866,8 @@ class _PublishedModel:
                 if WEIGHT_FILE.fullmatch(path.name) and path.name not in written:
                     path.unlink()
         if push:
-            given = {key: kwargs[key] for key in ("token", "private", "create_pr", "revision") if key in kwargs}
+            names = ("token", "private", "create_pr", "revision", "license", "commit_message")
+            given = {name: kwargs[name] for name in names if name in kwargs}
             self.push_to_hub(repo_id, **given)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
@@ -1867,7 +1875,8 @@ class _PublishedModel:
 
         Args:
             repo_id: `org/name`.
-            **kwargs: as in `hf_oscqat.hub.push.push_folder`: token, private, create_pr, revision, license, message.
+            **kwargs: as in `hf_oscqat.hub.push.push_folder`: token, private, create_pr, revision, license; and
+                `commit_message`.
 
         Returns:
             The commit, and what it changed.

@@ -28,10 +28,12 @@ def timm_wrapper(
             training form or packed.
         class_names: names of the classes; a head of another size is made anew, which is logged. None keeps the head.
         pretrained: for a timm name, whether to load its pretrained weights.
-        model_args: for a timm name, further arguments of `timm.create_model`.
+        model_args: for a timm name, further arguments of `timm.create_model`; with `checkpoint_path`, weights of your
+            own.
 
     Raises:
-        ValueError: if the name is unknown, or a packed model or one in training form has another number of classes.
+        ValueError: if the name is unknown, a packed model or one in training form has another number of classes, or
+            a loaded model has the classes in another order.
     """
     if os.path.isdir(name_or_path) or (not timm.is_model(name_or_path) and "/" in name_or_path):
         return _load(name_or_path, class_names)
@@ -44,6 +46,8 @@ def timm_wrapper(
     extra = dict(model_args or {})
     kept = {} if class_names is None else {"num_classes": len(class_names)}
     timm_model = timm.create_model(name_or_path, pretrained=pretrained, **kept, **extra)
+    # Whoever loads the model from its own checkpoint has no such file.
+    extra.pop("checkpoint_path", None)
     original = timm.get_pretrained_cfg(name_or_path)
     if pretrained and original is not None and timm_model.num_classes != original.num_classes:
         _say_head(name_or_path, original.num_classes, timm_model.num_classes)
@@ -62,10 +66,15 @@ def timm_wrapper(
 
 def _load(path: str, class_names: Sequence[str] | None) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path)
+    # timm writes the number of classes among the arguments too, and transformers passes it twice then.
+    arguments = getattr(config, "model_args", None) or {}
+    if "num_classes" in arguments:
+        config.model_args = {name: value for name, value in arguments.items() if name != "num_classes"}
     wanted = config.num_labels if class_names is None else len(class_names)
     if wanted == config.num_labels:
-        model = AutoModelForImageClassification.from_pretrained(path)
+        model = AutoModelForImageClassification.from_pretrained(path, config=config)
         if class_names is not None:
+            check_classes(model.config, class_names, path)
             _name_classes(model.config, class_names)
         return model
     if getattr(config, "quantization_config", None) is not None:
@@ -74,9 +83,34 @@ def _load(path: str, class_names: Sequence[str] | None) -> PreTrainedModel:
             "the head of a quantized model cannot be replaced"
         )
     _say_head(path, config.num_labels, wanted)
-    model = AutoModelForImageClassification.from_pretrained(path, num_labels=wanted, ignore_mismatched_sizes=True)
+    config.num_labels = wanted
+    model = AutoModelForImageClassification.from_pretrained(path, config=config, ignore_mismatched_sizes=True)
     _name_classes(model.config, class_names)
     return model
+
+
+def check_classes(config: Any, class_names: Sequence[str], name: str) -> None:
+    """Refuse data whose classes are not those of a model, as far as both are named.
+
+    Args:
+        config: of the model.
+        class_names: of the data, in the order of their labels.
+        name: of the model, for the message.
+
+    Raises:
+        ValueError: if there are more or fewer, or the same in another order.
+    """
+    names, labels = list(class_names), [str(config.id2label[i]) for i in range(config.num_labels)]
+    if len(names) != len(labels):
+        raise ValueError(
+            f"got {name} with {len(labels)} classes and data with {len(names)}, expected as many: what its outputs "
+            "mean would be a guess"
+        )
+    if names != labels and set(names) == set(labels):
+        raise ValueError(
+            f"got {name} and data with the same classes in another order ({', '.join(labels[:3])}, .. and "
+            f"{', '.join(names[:3])}, ..), expected one order: rename the folders, or id2label in its config.json"
+        )
 
 
 def _name_classes(config: Any, class_names: Sequence[str] | None) -> None:

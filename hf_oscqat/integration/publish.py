@@ -155,13 +155,13 @@ def float_bytes(model: nn.Module) -> int:
     return total + sum(4 * torch.Size(m.format.weight.shape).numel() for m in packed.values() if m.format.weight)
 
 
-def run_facts(trainer: Any, *, command: str, seconds: float, recipe: bool) -> dict[str, Any]:
+def run_facts(trainer: Any, *, command: str, seconds: float | None, recipe: bool) -> dict[str, Any]:
     """Return how a run was made, for the card.
 
     Args:
         trainer: an `OscQATTrainer` after training.
         command: the command line.
-        seconds: that training took.
+        seconds: that training took; None if it was interrupted, and nobody knows.
         recipe: whether `recipe.yaml` lies beside the card.
     """
     return {

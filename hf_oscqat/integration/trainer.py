@@ -86,8 +86,8 @@ class OscQATTrainingArguments(TrainingArguments):
         compare_ranks_steps: every so many steps the processes compare weights, scales and statistics; 0 never does.
 
     Raises:
-        ValueError: if FSDP, DeepSpeed or another hub_strategy than "end" is asked for, `weight_optimizer` or
-            `scale_lr_scheduler_type` is unknown, or `record_steps` negative.
+        ValueError: if FSDP, DeepSpeed, another hub_strategy than "end", `optim` or evaluation in 16 bits is asked for,
+            `weight_optimizer` or `scale_lr_scheduler_type` is unknown, or `record_steps` negative.
     """
 
     weight_optimizer: str = field(default="sgd", metadata={"help": "sgd or adamw, for everything but scales."})
@@ -129,6 +129,16 @@ class OscQATTrainingArguments(TrainingArguments):
         if self.weight_optimizer not in ("sgd", "adamw"):
             raise ValueError(f"got weight_optimizer={self.weight_optimizer!r}, expected 'sgd' or 'adamw'")
         check_keys([self.scale_lr_scheduler_type], SCALE_SCHEDULES, "scale_lr_scheduler_type")
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise ValueError(
+                "got bf16_full_eval or fp16_full_eval, expected neither: transformers would round the trained weights "
+                "in place. With bf16=True or fp16=True evaluation has the precision of training"
+            )
+        if self.optim != _default("optim") or self.optim_args:
+            raise ValueError(
+                f"got optim={str(self.optim)!r}, optim_args={self.optim_args!r}, expected the defaults: use "
+                "weight_optimizer ('sgd' or 'adamw') and momentum, or pass optimizers=(optimizer, scheduler)"
+            )
         if self.record_steps < 0:
             raise ValueError(f"got record_steps={self.record_steps!r}, expected a number of steps, or 0")
         sharded = "DeepSpeed" if self.deepspeed else "FSDP" if self.fsdp else None
@@ -152,6 +162,10 @@ class OscQATTrainingArguments(TrainingArguments):
                 "DataParallel, which cannot copy these layers. Use accelerate launch --multi_gpu, or set "
                 "CUDA_VISIBLE_DEVICES to one GPU"
             )
+
+
+def _default(name: str) -> Any:
+    return TrainingArguments.__dataclass_fields__[name].default
 
 
 class OscQATTrainer(ImageTrainer):
@@ -186,6 +200,11 @@ class OscQATTrainer(ImageTrainer):
             raise ValueError(
                 f"got {len(uncalibrated)} quantizers without a range ({uncalibrated[0]}, ..), expected none: run "
                 "hf_oscqat.calibrate(model, batches)"
+            )
+        if kwargs.get("optimizer_cls_and_kwargs") is not None:
+            raise ValueError(
+                "got optimizer_cls_and_kwargs, expected none: scales and weights take an optimizer each. Use "
+                "weight_optimizer, or pass optimizers=(optimizer, scheduler)"
             )
         args = OscQATTrainingArguments() if args is None else args
         if args.channels_last:
@@ -381,16 +400,21 @@ class OscQATTrainer(ImageTrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """Schedule the weights' learning rate, and that of the scales if it is not to stay constant."""
+        """Schedule the weights' learning rate, and that of the scales if it is not to stay constant.
+
+        Raises:
+            ValueError: if the scales' rate is to stay constant and the schedule is not one of time alone.
+        """
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         args: OscQATTrainingArguments = self.args
         ours = getattr(scheduler.optimizer, "optimizer", scheduler.optimizer)
         # Which groups of an optimizer that Trainer was given hold scales is not known; all have its schedule.
-        if (
-            args.scale_lr_scheduler_type == "constant"
-            and isinstance(scheduler, LambdaLR)
-            and isinstance(ours, OscQATOptimizer)
-        ):
+        if args.scale_lr_scheduler_type == "constant" and isinstance(ours, OscQATOptimizer):
+            if not isinstance(scheduler, LambdaLR):
+                raise ValueError(
+                    f"got lr_scheduler_type={str(args.lr_scheduler_type)!r} with a constant rate of the scales, "
+                    "which it would change too: set scale_lr_scheduler_type='as_weights', or take another schedule"
+                )
             for i in range(len(ours.weights.param_groups), len(scheduler.lr_lambdas)):
                 scheduler.lr_lambdas[i] = _constant
                 group = scheduler.optimizer.param_groups[i]
@@ -540,11 +564,12 @@ class OscQATTrainer(ImageTrainer):
         # A view of its own: workers of training read the epoch of theirs while this goes on.
         at_epoch = getattr(self.train_dataset, "at_epoch", None)
         dataset = self.train_dataset if at_epoch is None else at_epoch(0)
+        without_unused = self._get_collator_with_removed_columns(self.data_collator, description="re-estimation")
         indices = indices[: len(indices) - len(indices) % world_size] or indices * world_size
         loader = DataLoader(
             Subset(dataset, indices[rank::world_size]),
             batch_size=min(self.args.train_batch_size, max(2, len(indices) // world_size)),
-            collate_fn=self.data_collator,
+            collate_fn=without_unused,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             # A last batch of one image would give batch-norm no variance.

@@ -41,6 +41,7 @@ from hf_oscqat.integration.data import (
 )
 from hf_oscqat.integration.evaluate import Evaluation, evaluate_accuracy
 from hf_oscqat.integration.modeling import OscQATTimmConfig
+from hf_oscqat.integration.models import check_classes
 from hf_oscqat.quantization.packed import PackedLayer
 
 logger = logging.getLogger(__name__)
@@ -289,7 +290,10 @@ def verify(
             f"there are {data.num_images}: these are other data"
         )
     model = _load_model(source, sha, token)
-    _check_classes(model, data, source)
+    try:
+        check_classes(model.config, data.class_names, source)
+    except ValueError as error:
+        raise CannotRerunError(str(error)) from error
     _check_normalisation(model, claim, source)
     data.validation.transform = _transform(claim)
     measured = evaluate_accuracy(
@@ -466,7 +470,8 @@ def _load_data(claim: Claim, dataset: str | None, max_samples: int | None) -> Im
         chosen |= {"dataset_name": claim.dataset, "dataset_config_name": claim.config}
         chosen["dataset_revision"] = claim.revision
     elif _is_folder_of_classes(Path(dataset)):
-        chosen["validation_dir"] = dataset
+        # A claim about a share of the training images is about a share of this folder.
+        chosen["train_dir" if "train_val_split" in args else "validation_dir"] = dataset
         chosen.pop("validation_split", None)
     else:
         chosen["dataset_name"] = dataset
@@ -537,21 +542,6 @@ def _check_normalisation(model: nn.Module, claim: Claim, source: str) -> None:
                 f"the card of {source} was measured with {name} {claim.arguments[name]}, and its config.json has "
                 f"{has}: one of the two was changed"
             )
-
-
-def _check_classes(model: nn.Module, data: ImageData, source: str) -> None:
-    """Refuse data whose classes are not the model's, where both are named."""
-    config: Any = model.config
-    names, labels = data.class_names, [str(config.id2label[i]) for i in range(config.num_labels)]
-    if len(names) != len(labels):
-        raise CannotRerunError(
-            f"{source} has {len(labels)} classes and the images {len(names)}: what its outputs mean would be a guess"
-        )
-    if names != labels and set(names) == set(labels):
-        raise CannotRerunError(
-            f"{source} and the images have the same classes in another order ({labels[:3]} and {names[:3]}): expected "
-            "the data of the card"
-        )
 
 
 def _transform(claim: Claim) -> Any:

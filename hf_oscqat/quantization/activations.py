@@ -4,7 +4,8 @@ ReLU and ReLU6 clamp, and so does a quantizer right afterwards. Done in one pass
 free: a quantized network then reads and writes little more memory than the float one.
 
 An activation may be folded only where its output goes to one quantized layer and nowhere else. For the blocks below
-that is known from timm's source; anything else stays as it is. What the network computes does not change by a bit.
+that is known from timm's source; anything else stays as it is, and so does what somebody watches with a hook. What the
+network computes does not change by a bit.
 """
 
 import math
@@ -49,7 +50,7 @@ def fold_activations(model: nn.Module) -> None:
     """Move activations into the quantized layers behind them, in place, where that is known to be safe."""
     for block, path, activation, layer in list(_foldable(model)):
         bounds = _bounds(activation)
-        if bounds is not None and _quantizes_input(layer):
+        if bounds is not None and _quantizes_input(layer) and not _is_watched(activation, layer):
             layer.input_activation = bounds  # type: ignore[assignment]
             _replace(block, path, FoldedActivation(activation))
 
@@ -59,6 +60,11 @@ def _quantizes_input(layer: nn.Module) -> bool:
     if isinstance(layer, PackedLayer):
         return layer.format.input is not None
     return getattr(layer, "input_quantizer", None) is not None
+
+
+def _is_watched(activation: nn.Module, layer: nn.Module) -> bool:
+    """Whether a hook sees what passes from one to the other, such as timm's feature extraction."""
+    return bool(layer._forward_pre_hooks or activation._forward_hooks or activation._forward_pre_hooks)
 
 
 def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, nn.Module]]:

@@ -69,7 +69,7 @@ class GradientEstimator:
 
 @dataclass(frozen=True, eq=False)
 class EWGS(GradientEstimator):
-    """Element-wise gradient scaling: larger where the step would lead away from the integer.
+    """Element-wise gradient scaling: larger where the step leads towards the integer, smaller where it leads away.
 
     Formula: `dL/du = g * (1 + delta * sign(g) * (u - round(u)))`.
 

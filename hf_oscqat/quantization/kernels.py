@@ -64,8 +64,10 @@ def one_pass(
     """
     first = tensors[0]
     assert first is not None
+    if is_traced(first):  # asked first: a question about the size would tie a traced graph to it
+        return function(tensors, parameters, bounds, axis, *static)
     is_small = first.is_cpu and first.numel() < SMALL
-    layout = None if is_small or is_traced(first) else _layout(first)
+    layout = None if is_small else _layout(first)
     # What is written to must not be a copy in another layout.
     copies = (
         in_place

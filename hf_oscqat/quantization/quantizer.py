@@ -228,7 +228,9 @@ class Quantizer(nn.Module):
         if self.signed is not None:
             self._is_signed = bool(self.signed.item())
         self.calibrated = bool(torch.isfinite(self.scale).all())
-        self.has_frozen = self.frozen_int is not None and bool(is_frozen(self.frozen_int).any())
+        # What was looked at before still is: see `__setstate__`.
+        frozen_int = self.frozen_int
+        self.has_frozen = frozen_int is not None and (self.has_frozen or bool(is_frozen(frozen_int).any()))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

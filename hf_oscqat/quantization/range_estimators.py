@@ -88,7 +88,7 @@ class RangeEstimator(ABC):
     def unit_grid(self) -> GridParameters:
         """Propose the grid of values between -1 and 1, for a quantizer whose values say nothing."""
         ones = torch.ones_like(self.quantizer.scale.detach())
-        signed = self.quantizer.is_signed if self.quantizer.signed is None else False
+        signed = self.quantizer.is_signed if self.quantizer.signed is None else True
         scale, zero_point = self._grid_of_range(-ones, ones, signed)
         return GridParameters(scale, zero_point, signed)
 

@@ -22,7 +22,7 @@ class FreezingSettings:
         use_ema: freeze at the rounded mean integer; otherwise at the present one.
 
     Raises:
-        ValueError: if a value is out of range, or a threshold other than 0 is below `momentum`.
+        ValueError: if a value is out of range, or a threshold is below `momentum`, unless both are 0.
     """
 
     threshold: float = 0.1

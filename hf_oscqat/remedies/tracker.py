@@ -150,6 +150,10 @@ class OscillationState(nn.Module):
             if threshold > 0 and not self.has_mean:
                 self.mean_int.copy_(w_int)
                 self.has_mean = True
+        elif threshold == 0 and self.has_mean:
+            # Not kept up without freezing, and stale by the time that freezing begins again.
+            self.mean_int.fill_(torch.nan)
+            self.has_mean = False
         state = self._buffers  # not by attribute: nn.Module takes its time to find one
         (counts,) = one_pass(
             track,

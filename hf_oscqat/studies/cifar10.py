@@ -172,7 +172,7 @@ BUDGETS: dict[str, Budget] = {
     # What two cores finish in half a day.
     "cpu": Budget(
         networks={
-            "mobilenetv2_035": Network(("W4A4", "W3A3", "W3"), stem_stride=2, model_args={"output_stride": 16}),
+            "mobilenetv2_035": Network(("W3", "W3A3", "W4A4"), stem_stride=2, model_args={"output_stride": 16}),
             # timm's MobileNetV3 takes no output_stride.
             "mobilenetv3_small_050": Network(("W3A3",), stem_stride=1, activation_scheme="asymmetric"),
         },

@@ -411,5 +411,6 @@ class TestModel:
 
     def test_while_saving(self, hub, folder, tmp_path):
         model = AutoModelForImageClassification.from_pretrained(folder)
-        model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id=REPO)
+        model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id=REPO, commit_message="Saved")
+        assert hub.commits(REPO)[0] == "Saved"
         assert HfApi().file_exists(REPO, "model.safetensors")

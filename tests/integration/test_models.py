@@ -3,7 +3,9 @@
 import logging
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from hf_oscqat import pack
 from hf_oscqat.integration.models import timm_wrapper
@@ -38,3 +40,33 @@ def test_the_head_of_a_quantized_model_is_not_replaced(tmp_path, make_prepared_w
 def test_an_unknown_name_gets_suggestions():
     with pytest.raises(ValueError, match=r"got model 'mobilenetv2_36', expected a timm name.*mobilenetv2_035"):
         timm_wrapper("mobilenetv2_36", None)
+
+
+def test_a_folder_of_timm_s_own_loads_with_its_head_or_another(tmp_path):
+    torch.manual_seed(0)
+    original = timm.create_model("test_efficientnet", num_classes=3).eval()
+    timm.models.save_for_hf(original, tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    loaded = timm_wrapper(str(tmp_path), ["a", "b", "c"]).eval()
+    torch.testing.assert_close(loaded(images).logits, original(images))
+    loaded.save_pretrained(tmp_path / "again")
+    again = timm_wrapper(str(tmp_path / "again"), None).eval()
+    torch.testing.assert_close(again(images).logits, loaded(images).logits)
+    assert timm_wrapper(str(tmp_path), list("vwxyz"))(images).logits.shape == (2, 5)
+
+
+def test_weights_of_a_file_are_loaded_and_the_file_is_forgotten(tmp_path):
+    torch.manual_seed(0)
+    original = timm.create_model("test_efficientnet", num_classes=2).eval()
+    save_file(original.state_dict(), tmp_path / "mine.safetensors")
+    arguments = {"checkpoint_path": str(tmp_path / "mine.safetensors"), "drop_rate": 0.1}
+    model = timm_wrapper("test_efficientnet", ["cat", "dog"], model_args=arguments)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(images).logits, original(images))
+    assert model.config.model_args == {"drop_rate": 0.1}
+
+
+def test_the_same_classes_in_another_order_are_refused(tmp_path):
+    timm_wrapper("test_efficientnet", ["cat", "dog"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the same classes in another order"):
+        timm_wrapper(str(tmp_path), ["dog", "cat"])

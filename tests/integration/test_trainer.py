@@ -448,6 +448,39 @@ class TestPreemption:
                 continued.model.state_dict()[name],
             ), name
 
+    def test_where_only_the_best_is_saved(self, make_trainer, tmp_path, killing):
+        trainer = make_trainer(
+            eval_strategy="steps", eval_steps=1, save_strategy="best", metric_for_best_model="accuracy", max_steps=20
+        )
+        trainer.add_callback(killing(12))
+        with pytest.raises(SystemExit):
+            trainer.train()
+        assert checkpoints(tmp_path / "run")[0].name == "checkpoint-13"
+
+    @pytest.mark.parametrize("limit", [None, 1])
+    def test_in_the_last_step_of_an_epoch_which_is_then_evaluated(self, make_trainer, tmp_path, killing, limit):
+        options = {
+            "num_train_epochs": 3, "max_steps": -1, "eval_strategy": "epoch", "save_strategy": "epoch",
+            "save_total_limit": limit, "load_best_model_at_end": True, "metric_for_best_model": "accuracy",
+        }  # fmt: skip
+
+        def evaluated(trainer):
+            return [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
+
+        whole = make_trainer({"freezing": FREEZING}, output_dir=str(tmp_path / "whole"), **options)
+        whole.train()
+        assert [step for step, _ in evaluated(whole)] == [6, 12, 18]
+        trainer = make_trainer({"freezing": FREEZING}, **options)
+        trainer.add_callback(killing(11))
+        with pytest.raises(SystemExit):
+            trainer.train()
+        continued = make_trainer({"freezing": FREEZING}, **options)
+        continued.train(True)
+        assert evaluated(continued) == evaluated(whole)
+        assert continued.state.best_global_step == whole.state.best_global_step
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(tensor, continued.model.state_dict()[name]), name
+
     def test_after_the_last_step_there_is_nothing_to_continue(self, make_trainer, killing):
         trainer = make_trainer()
         trainer.add_callback(killing(9))
@@ -473,6 +506,57 @@ class TestPreemption:
         thread.join()
         assert trainer.state.global_step == 1
         assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_run_that_had_made_its_last_step_knows_its_process(make_trainer, monkeypatch):
+    make_trainer(save_strategy="steps", save_steps=10).train()
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    trainer.train(True)
+    assert trainer.state.global_step == 10
+    assert (trainer.state.is_world_process_zero, trainer.state.is_local_process_zero) == (False, True)
+
+
+class TestWithoutEffectOrWorse:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"bf16_full_eval": True}, "would round the trained weights"),
+            ({"fp16_full_eval": True}, "would round the trained weights"),
+            ({"optim": "adafactor"}, "got optim='adafactor'.*use weight_optimizer"),
+            ({"optim_args": "a=1"}, "use weight_optimizer"),
+        ],
+    )
+    def test_arguments_are_refused(self, make_trainer, options, message):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(**options)
+
+    def test_class_of_one_optimizer_is_refused(self, make_prepared_wrapper, make_trainer):
+        with pytest.raises(ValueError, match="got optimizer_cls_and_kwargs"):
+            OscQATTrainer(
+                model=make_prepared_wrapper(),
+                args=make_trainer().args,
+                train_dataset=RandomImages(),
+                optimizer_cls_and_kwargs=(torch.optim.RMSprop, {"lr": 1.0}),
+            )
+
+    def test_schedule_that_would_change_a_constant_rate_is_refused(self, make_trainer):
+        options = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 2}
+        with pytest.raises(ValueError, match="with a constant rate of the scales"):
+            make_trainer(**options).train()
+        make_trainer(**options, scale_lr_scheduler_type="as_weights", max_steps=2).train()
+
+
+class WithIndex(RandomImages):
+    def __getitem__(self, index):
+        return {**super().__getitem__(index), "index": index}
+
+
+def test_columns_that_training_drops_reestimation_drops_too(make_trainer):
+    trainer = make_trainer(remove_unused_columns=True, max_steps=2)
+    trainer.train_dataset = WithIndex()
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 class SomeNotFinite(RandomImages):

@@ -216,9 +216,18 @@ class TestDataFromElsewhere:
         write_digits(tmp_path / "images")
         assert verify(str(folder), dataset=str(tmp_path / "images"), **QUIET).differences["accuracy"] == 0.0
 
+    def test_a_claim_about_a_share_of_the_training_images(self, folder, tmp_path):
+        write_digits(tmp_path / "images")
+        data = load_image_data(DataArguments(train_dir=str(tmp_path / "images"), train_val_split=0.2), seed=3)
+        claim_otherwise(folder, source="folder", max_eval_samples=None, train_val_split=0.2, split="train")
+        text = (folder / CARD).read_text().replace("num_images: 60", f"num_images: {len(data.validation)}")
+        (folder / CARD).write_text(text)
+        measured = verify(str(folder), dataset=str(tmp_path / "images"), **QUIET).measured
+        assert measured.num_images == len(data.validation) < 60
+
     def test_other_classes(self, folder, tmp_path):
         write_digits(tmp_path / "images", classes=5)
-        with pytest.raises(CannotRerunError, match="has 10 classes and the images 5"):
+        with pytest.raises(CannotRerunError, match="with 10 classes and data with 5"):
             verify(str(folder), dataset=str(tmp_path / "images"), **QUIET)
 
     def test_same_classes_in_another_order(self, folder, tmp_path):

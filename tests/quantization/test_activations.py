@@ -96,6 +96,20 @@ def test_layer_without_input_quantizer_keeps_its_activation_before_it():
     assert type(model.layer1[0].act1) is nn.ReLU
 
 
+def test_what_a_hook_watches_stays_where_it_is():
+    # timm reads features by a hook before the layer; one may also be on the activation
+    model = timm.create_model("mobilenetv2_035", features_only=True, feature_location="expansion")
+    prepare_qat(model, OscQATConfig())
+    watched = {layer for _, layer in quantized_layers(model) if layer._forward_pre_hooks}
+    assert watched
+    assert all(layer.input_activation is None for layer in watched)
+    model = timm.create_model("resnet18")
+    model.layer1[0].act1.register_forward_hook(lambda *_: None)
+    prepare_qat(model, OscQATConfig())
+    assert "layer1.0.conv2" not in folded(model)
+    assert "layer1.1.conv2" in folded(model)
+
+
 def test_observers_and_float_passthrough_still_see_the_activation():
     torch.manual_seed(0)
     model = timm.create_model("resnet18", num_classes=5)

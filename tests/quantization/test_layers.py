@@ -14,7 +14,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from hf_oscqat import OscillationTracker, OscQATConfig, prepare_qat
+from hf_oscqat import OscillationTracker, OscQATConfig, pack, prepare_qat
 from hf_oscqat.quantization.gradient_estimators import StochasticRounding
 from hf_oscqat.quantization.layers import QuantizedLayer, quantize_layer, quantized_layers, quantizers
 from hf_oscqat.quantization.quantizer import Quantizer
@@ -316,6 +316,17 @@ def test_model_can_be_exported(make_prepared, images):
     model = make_prepared().eval()
     exported = torch.export.export(model, (images,)).module()
     assert torch.equal(exported(images), model(images))
+
+
+@pytest.mark.parametrize("form", ["training", "packed"])
+def test_exported_model_takes_any_number_of_images(make_prepared, images, form):
+    # also where a layer sees few values, of which kernels would be asked how many they are
+    model = make_prepared(activation_scheme="asymmetric").eval()
+    model = pack(model) if form == "packed" else model
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    for count in (2, 200):
+        batch = torch.randn(count, *images.shape[1:])
+        assert torch.equal(exported(batch), model(batch))
 
 
 def test_gradient_checkpointing_keeps_neither_the_input_nor_the_quantized_one():

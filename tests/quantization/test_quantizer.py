@@ -288,3 +288,6 @@ def test_a_copy_sees_what_is_frozen_in_it_later():
     average.frozen_int.copy_(torch.full((8,), 3, dtype=torch.int8))
     assert average.to_int(x).tolist() == [3.0] * 8
     assert quantizer.to_int(x).unique().numel() > 1
+    average.load_state_dict(quantizer.state_dict())  # as a run that continues does, before anything is frozen
+    average.frozen_int.copy_(torch.full((8,), 3, dtype=torch.int8))
+    assert average.to_int(x).tolist() == [3.0] * 8

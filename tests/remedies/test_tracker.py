@@ -298,6 +298,15 @@ class TestFreezing:
         assert tracker.frozen_fraction == 0
         assert model[0].oscillation.mean_int.isnan().all()
 
+    def test_mean_begins_anew_after_a_time_without_freezing(self):
+        model = one_layer(0)
+        tracker = OscillationTracker(model, momentum=0.5)
+        run(model, tracker, [(0,)] * 3, threshold=0.9)
+        run(model, tracker, [(5,), (4,)] * 3)
+        assert model[0].oscillation.mean_int.isnan().all()
+        run(model, tracker, [(5,)], threshold=0.6)
+        assert model[0].weight_quantizer.frozen_int.tolist() == [[5]]
+
     def test_frozen_integer_acts_from_the_next_forward_on(self):
         model = one_layer(0)
         tracker = OscillationTracker(model, momentum=1.0, use_ema=False)

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_oscqat.integration.publish import provenance
 from hf_oscqat.integration.verify import verify
-from run_qat import main, show
+from run_qat import _dataset_commit, main, parse, show
 
 SETTINGS = [
     "--dataset_name", "digits", "--model_name_or_path", "test_efficientnet", "--img_size", "32",
@@ -273,7 +273,21 @@ def test_a_run_that_has_ended_is_shown_and_not_changed(tmp_path):
     assert not (tmp_path / "run" / "checkpoint-4").exists()
 
 
-def test_an_interrupted_run_continues_to_the_same_end(finished, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_the_commit_that_its_branch_was_at(tmp_path, monkeypatch, caplog):
+    commits = iter(["a" * 40, "b" * 40])
+    monkeypatch.setattr("run_qat.pin_dataset", lambda name, asked: next(commits) if asked == "v1" else asked)
+    settings = parse(
+        [*SETTINGS, "--dataset_name", "org/pets", "--dataset_revision", "v1", "--output_dir", str(tmp_path)]
+    )
+    assert _dataset_commit(settings) == "a" * 40
+    (tmp_path / "recipe.yaml").write_text(f"dataset_name: org/pets\ndataset_revision: {'a' * 40}\n")
+    assert _dataset_commit(settings) == "a" * 40
+    assert "goes on with commit aaaa" in caplog.text
+    settings.data.dataset_revision = "c" * 40
+    assert _dataset_commit(settings) == "c" * 40  # which the check of the recipe then refuses
+
+
+def test_an_interrupted_run_continues_to_the_same_end(finished, tmp_path, monkeypatch, capsys):
     output_dir, results = finished
     command = [*SETTINGS, "--float_epochs", "1", "--output_dir", str(tmp_path / "broken")]
 
@@ -286,7 +300,13 @@ def test_an_interrupted_run_continues_to_the_same_end(finished, tmp_path, monkey
             main(command)
     assert (tmp_path / "broken" / "checkpoint-4").is_dir()
     assert not (tmp_path / "broken" / "packed").exists()
-    assert main(command)["accuracy"] == {
+    continued_results = main(command)
+    # How long the whole took, nobody knows.
+    assert (continued_results["run"]["seconds"], continued_results["run"]["images_per_second"]) == (None, None)
+    assert "training time" not in (tmp_path / "broken" / "packed" / "README.md").read_text()
+    show(continued_results)
+    assert "Training data alone:" in capsys.readouterr().out
+    assert continued_results["accuracy"] == {
         key: {**value, "images_per_second": pytest.approx(value["images_per_second"], rel=1e3)}
         for key, value in results["accuracy"].items()
     }
