@@ -136,7 +136,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Nam
     inspect = command(
         "inspect",
         "what is quantized, layer by layer: in a packed model, or in a timm model if it were",
-        "List the layers of a packed model, a folder or a Hub id, from the header of its file and without loading it; "
+        "List the layers of a packed model, a folder or a Hub id, from its file and without building it; "
         "or those of a timm model as they would be quantized, without downloading weights. An existing folder is "
         "taken first, then anything with a / as a Hub id, then a timm name.",
         "inspect mobilenetv2_100 --weight-bits 4 --activation-bits 4",

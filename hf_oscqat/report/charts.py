@@ -5,7 +5,6 @@ serves the light scheme, the dark one and paper. They are as wide as a phone, an
 there is room; lettering is thus readable on both.
 """
 
-import html
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -40,7 +39,7 @@ STYLES = ({"color": FROZEN, "linestyle": "-"}, {"color": OSCILLATING, "linestyle
 """Of the first and the second curve of a chart; not told apart by colour alone."""
 
 _SETTINGS = {
-    "svg.fonttype": "none",  # text stays text: it can be searched, selected and read aloud
+    "svg.fonttype": "none",  # text stays text: it can be searched and selected
     "font.size": 7.5,
     "text.color": INK,
     "axes.edgecolor": INK,
@@ -62,13 +61,12 @@ _SETTINGS = {
 _styled = matplotlib.rc_context(_SETTINGS)
 
 
-def to_svg(figure: Figure, name: str, label: str) -> Markup:
-    """Turn a drawing into SVG for the page.
+def to_svg(figure: Figure, name: str) -> Markup:
+    """Turn a drawing into SVG for the page, whose caption is what is read aloud.
 
     Args:
         figure: drawn in `COLOURS`.
         name: unique in the page.
-        label: what it shows, for those who do not see it.
     """
     # The settings of the backend are read when it writes; the salt makes the same drawing the same text.
     buffer = io.StringIO()
@@ -82,7 +80,7 @@ def to_svg(figure: Figure, name: str, label: str) -> Markup:
         text = text.replace(colour, variable)
     size = re.search(r'viewBox="[^"]*"', text)
     assert size is not None
-    head = f'<svg {size.group()} role="img" aria-label="{html.escape(label)}">'
+    head = f'<svg {size.group()} aria-hidden="true">'
     return Markup(head + re.sub(r"\n\s*", "\n", text[text.index(">") + 1 :]))
 
 
@@ -267,7 +265,7 @@ def scales(recording: Recording, values: np.ndarray, *, last_step: int, count: i
     named = [int(j) for j in np.argsort(-change, kind="stable")[:count]]
     for j in range(ratios.shape[1]):
         if j not in named and np.isfinite(ratios[:, j]).all():
-            axes.plot(recording.steps, ratios[:, j], color=BEFORE, linewidth=0.7, alpha=0.6)
+            axes.plot(recording.steps, ratios[:, j], color=BEFORE, linewidth=0.6)
     styles = ((OSCILLATING, "-"), (FROZEN, "-"), (INK, DASHES))
     for j, (colour, style) in zip(named, styles, strict=False):
         axes.plot(

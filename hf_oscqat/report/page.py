@@ -158,7 +158,7 @@ def _sections(recordings: Sequence[Recording], labels: list[str], steps: Sequenc
             figure, text = draw(recording), caption(recording)
             if figure is not None:
                 text = text if len(recordings) == 1 else f"{label}. {text}"
-                found.append(Chart(charts.to_svg(figure, f"{name}{i}", text), text))
+                found.append(Chart(charts.to_svg(figure, f"{name}{i}"), text))
         return found
 
     def heat(key: str, colour: str, what: str) -> list[Chart]:
@@ -299,7 +299,7 @@ def _log_charts(recordings: Sequence[Recording], labels: list[str], last_step: i
             figure = charts.curves(
                 series, axis, last_step=last_step, lowest=None if name == "accuracy" else 0, highest=None
             )
-            found.append(Chart(charts.to_svg(figure, name, text), text))
+            found.append(Chart(charts.to_svg(figure, name), text))
     return found
 
 

@@ -28,11 +28,14 @@ class StudyResult:
         rows: one dict per row of its table, all with the same keys.
         figure: its picture.
         finding: what the numbers say, in a sentence or two made from them.
+        trainings: device, versions and date of each kind of training that it is made of, where other calls made them;
+            None where this one did.
     """
 
     rows: list[dict[str, Any]]
     figure: Figure
     finding: str
+    trainings: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ def write(study: Study, settings: Any, result: StudyResult) -> list[Path]:
     result.figure.savefig(picture)
     # A study without the option uses no accelerator.
     uses_cuda = torch.cuda.is_available() and not getattr(settings, "use_cpu", True)
+    conditions = {
+        "versions": {name: version(name) for name in ("hf_oscqat", "torch", "timm", "transformers")},
+        "device": torch.cuda.get_device_name() if uses_cuda else "CPU",
+        "date": date.today().isoformat(),
+    }
     content = {
         "study": study.name,
         "question": study.question,
@@ -82,9 +90,7 @@ def write(study: Study, settings: Any, result: StudyResult) -> list[Path]:
         "finding": result.finding,
         "settings": asdict(settings),
         "rows": result.rows,
-        "versions": {name: version(name) for name in ("hf_oscqat", "torch", "timm", "transformers")},
-        "device": torch.cuda.get_device_name() if uses_cuda else "CPU",
-        "date": date.today().isoformat(),
+        **(conditions if result.trainings is None else {"trainings": result.trainings}),
     }
     record.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return [table, picture, record]

@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import date
 from functools import partial
@@ -29,7 +29,7 @@ import torch
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from hf_oscqat.config import OscQATConfig, check_keys
 from hf_oscqat.integration.data import DataArguments
@@ -323,6 +323,10 @@ def cells(budget: Budget) -> list[Cell]:
     ]
 
 
+DRAWS = 5
+"""How often a cell is re-estimated from other training batches, to see what of its accuracy that decides."""
+
+
 class Table:
     """A table in a folder, and what fills it.
 
@@ -378,8 +382,41 @@ class Table:
         best = max(self.trials(cell), key=lambda trial: trial["after"])
         return Trial(best["learning_rate"], best["strength"])
 
-    def measure(self, cell: Cell, trial: Trial, epochs: float, images: Images) -> dict[str, Any]:
-        """Train a cell, of the table or not, from the float model, and measure it on `images`; writes nothing."""
+    def measure(self, cell: Cell, trial: Trial, epochs: float, images: Images, draws: int = 1) -> dict[str, Any]:
+        """Train a cell, of the table or not, from the float model, and measure it; writes nothing.
+
+        Args:
+            cell: what to train.
+            trial: with which learning rate and strength.
+            epochs: how long.
+            images: to measure accuracy on.
+            draws: how often to re-estimate from other batches; `after` is of the first of them, the others are listed.
+
+        Returns:
+            What its file is to say.
+        """
+        model, trained = self.train(cell, trial, epochs)
+        before = accuracy(model, images, self.images.normalise)
+        after = []
+        for draw in range(draws):
+            reestimate_batchnorm(model, self.some_batches(self.budget.reestimation_batches, seed=draw))
+            after.append(accuracy(model, images, self.images.normalise))
+        return {
+            **asdict(cell),
+            **asdict(trial),
+            "before": before,
+            "after": after[0],
+            **({"after_other_draws": after[1:]} if draws > 1 else {}),
+            "images": len(images),
+            **trained,
+        }
+
+    def train(self, cell: Cell, trial: Trial, epochs: float) -> tuple[nn.Module, dict[str, Any]]:
+        """Train a cell, of the table or not, from the float model.
+
+        Returns:
+            The model, with batch-norm statistics as trained, and how it was trained.
+        """
         b = self.budget
         weight_bits, activation_bits = cell.bits
         config = OscQATConfig(
@@ -392,7 +429,7 @@ class Table:
         model = copy.deepcopy(self._float_model(cell.network))
         prepare_qat(model, config)
         # The published code calibrates with one batch; of small ones it takes some more to see as many values.
-        calibrate(model, (pixels for pixels, _ in self._some_batches(4, seed=0)))
+        calibrate(model, self.some_batches(4, seed=0))
         size = sum(tensor.numel() * tensor.element_size() for tensor in pack(model).state_dict().values())
         model.to(memory_format=torch.channels_last)
         steps = self._steps(epochs, b.batch_size)
@@ -408,14 +445,7 @@ class Table:
             scales_as_weights=b.scale_lr_scheduler_type == "as_weights",
             compiled=self.settings.compile,
         )
-        before = accuracy(model, images, self.images.normalise)
-        reestimate_batchnorm(model, (pixels for pixels, _ in self._some_batches(b.reestimation_batches, seed=0)))
-        return {
-            **asdict(cell),
-            **asdict(trial),
-            "before": before,
-            "after": accuracy(model, images, self.images.normalise),
-            "images": len(images),
+        return model, {
             "steps": steps,
             "packed_bytes": size,
             "scale_lr_scheduler_type": b.scale_lr_scheduler_type,
@@ -455,7 +485,7 @@ class Table:
             return {**asdict(cell), **asdict(trial), "before": 0.0, "after": 0.0, "diverged": True}
 
     def _train(self, cell: Cell) -> dict[str, Any]:
-        return self.measure(cell, self.best(cell), self.budget.epochs, self.images.test)
+        return self.measure(cell, self.best(cell), self.budget.epochs, self.images.test, DRAWS)
 
     def _float_model(self, network: str) -> nn.Module:
         if network not in self._float_models:
@@ -528,9 +558,10 @@ class Table:
         train = self.images.train
         return training_batches(train, self.images.normalise, batch_size, seed, self.budget.mirror)
 
-    def _some_batches(self, count: int, seed: int) -> Batches:
+    def some_batches(self, count: int, seed: int) -> Iterator[Tensor]:
+        """Draw training images, `[batch, channels, height, width]`, the same ones for the same seed."""
         batches = self._batches(self.budget.batch_size, seed)
-        return (next(batches) for _ in range(count))
+        return (next(batches)[0] for _ in range(count))
 
     def _steps(self, epochs: float, batch_size: int) -> int:
         return max(1, round(epochs * (len(self.images.train) // batch_size)))
@@ -609,7 +640,17 @@ def run(settings: Cifar10Settings) -> StudyResult:
     finding = f"{total - missing} of {total} cells are there" + (f", {missing} are missing." if missing else ".")
     floats = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(table.folder.glob("float/*.json"))]
     finding += "".join(f" {f['network']} in float: {f['test']:.2f}%." for f in floats)
-    return StudyResult(rows, _draw(found), finding)
+    return StudyResult(rows, _draw(found), finding, _conditions(r for results in found.values() for r in results if r))
+
+
+def _conditions(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Under which conditions the cells were trained, and how many under each."""
+    found: dict[str, dict[str, Any]] = {}
+    for result in results:
+        conditions = {key: result.get(key) for key in ("device", "compile", "versions", "date")}
+        entry = found.setdefault(json.dumps(conditions, sort_keys=True), {**conditions, "cells": 0})
+        entry["cells"] += 1
+    return list(found.values())
 
 
 def _row(
@@ -641,6 +682,7 @@ def _row(
         "seeds": len(there),
         "before": summary("before"),
         "after": summary("after"),
+        "deviation_of_draws": _deviation_of_draws(there),
         "oscillating_percent": summary("oscillating_percent", 3),
         "scale_caused_percent": summary("scale_caused_percent", 0),
         "frozen_percent": summary("frozen_percent"),
@@ -648,6 +690,12 @@ def _row(
         "trials": "; ".join(_trial(trial, trial is best) for trial in trials),
         "missing_seeds": ", ".join(str(seed) for seed, result in enumerate(results) if result is None),
     }
+
+
+def _deviation_of_draws(results: list[dict[str, Any]]) -> str:
+    """Standard deviation of `after` over draws of batches to re-estimate from, the mean over cells that have some."""
+    found = [stdev([result["after"], *others]) for result in results if (others := result.get("after_other_draws"))]
+    return f"{fmean(found):.2f}" if found else ""
 
 
 def _trial(trial: dict[str, Any], is_best: bool) -> str:

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hf_oscqat import OscillationTracker, OscQATConfig, pack, prepare_qat, reestimate_batchnorm
 from hf_oscqat.quantization.functional import live_sentinel
@@ -425,3 +427,18 @@ class TestResume:
         for name, buffer in model[0].oscillation.named_buffers():
             assert buffer.dtype == before[name][0]
             assert torch.equal(buffer, before[name][1])
+
+
+@pytest.mark.parametrize("make", [
+    lambda model: ModelEmaV3(model, decay=0.5),
+    lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)),
+], ids=["timm", "torch"])  # fmt: skip
+def test_averages_of_weights_take_frozen_integers_over_as_they_are(make):
+    model = one_layer(0, 2)
+    tracker = OscillationTracker(model, momentum=0.5)
+    average = make(model)
+    for first in (5, 0, 5, 0):
+        run(model, tracker, [(first, 2)], threshold=0.6)
+        average.update(model) if isinstance(average, ModelEmaV3) else average.update_parameters(model)
+    assert model[0].weight_quantizer.frozen_int.tolist() == [[4, LIVE]]
+    assert average.module[0].weight.tolist() == [[4.0, 2.0]]

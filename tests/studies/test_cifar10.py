@@ -70,6 +70,8 @@ def test_the_same_cell_again_measures_the_same(half_done):
     assert first == second
     assert first["steps"] == 2 * (64 // 16)
     assert first["images"] == 40
+    assert len(first["after_other_draws"]) == 4
+    assert all(0 < after <= 100 for after in first["after_other_draws"])
     assert first["history"][-1]["frozen_percent"] == first["frozen_percent"] > 0
 
 
