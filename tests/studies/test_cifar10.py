@@ -238,6 +238,9 @@ def test_the_documented_table_is_made_of_its_cells():
             assert f"| {trial.rstrip('*')} |" in text.replace("**", "")
     with (DOCS / "studies" / "cifar10" / "cifar10.csv").open(newline="", encoding="utf-8") as file:
         assert list(csv.DictReader(file)) == [{key: str(value) for key, value in row.items()} for row in result.rows]
+    record = json.loads((DOCS / "studies" / "cifar10" / "cifar10.json").read_text(encoding="utf-8"))
+    assert record["trainings"] == result.trainings
+    assert sum(kind["cells"] for kind in result.trainings) == sum(row["seeds"] for row in result.rows)
     for file in (DOCS / "studies" / "cifar10" / "extra").iterdir():
         measured = json.loads(file.read_text(encoding="utf-8"))
         assert all(f"{measured[key]:.2f}" in text for key in ("before", "after")), file.name
