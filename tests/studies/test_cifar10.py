@@ -233,7 +233,7 @@ def test_the_documented_table_is_made_of_its_cells():
             cells = (row["oscillating_percent"], row["scale_caused_percent"], row["frozen_percent"], row["seconds"])
             assert f"| {row['before']} | {row['after']} |" in text.replace("**", "")
             assert f"| {' | '.join(cells)} |" in text
-            assert f"| {row['before']} | {row['after']} |" in readme
+            assert row["missing_seeds"] or f"| {row['before']} | {row['after']} |" in readme
         for trial in filter(None, row["trials"].split("; ")):
             assert f"| {trial.rstrip('*')} |" in text.replace("**", "")
     with (DOCS / "studies" / "cifar10" / "cifar10.csv").open(newline="", encoding="utf-8") as file:
