@@ -610,7 +610,7 @@ class TestCalibrationPolicy:
         nn.init.zeros_(model.bn.bias)
         calibrate(model, [images])
         assert "no range for 'dw': got nothing but zeros" in caplog.text
-        assert model.dw.input_quantizer.scale.item() == pytest.approx(1 / 15 if scheme == "symmetric" else 2 / 15)
+        assert model.dw.input_quantizer.scale.item() == pytest.approx(1 / 7 if scheme == "symmetric" else 2 / 15)
         assert model(images).isfinite().all()
 
     def test_constant_input_is_named(self, make_prepared, images, caplog):
