@@ -51,7 +51,7 @@ def leave_process_group() -> None:
 
     Gloo's threads end when nothing holds the group, which a trainer's model under DistributedDataParallel does, in
     cycles that only the collector frees. A thread that outlives the interpreter and then drops the tensors of its
-    last collective aborts the process (seen once in some ten ends of two processes on a CPU, torch 2.15).
+    last collective aborts the process (seen once in some ten ends of two processes on a CPU, torch 2.14).
     """
     gc.collect()
     PartialState().destroy_process_group()
