@@ -93,6 +93,9 @@ def prepare_qat(model: nn.Module, config: OscQATConfig) -> nn.Module:
     insert_quantizers(model, config)
     if isinstance(model, PreTrainedModel):
         attach_config(model, config)
+        # By it transformers saves under the names in the file that the model came from. In one of timm's they lack the
+        # wrapper's prefix, and what is no float model of timm any more could not be loaded by them.
+        vars(model).pop("_weight_conversions", None)
     return model
 
 

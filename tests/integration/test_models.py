@@ -6,8 +6,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForImageClassification
 
-from hf_oscqat import pack
+from hf_oscqat import OscQATConfig, calibrate, pack, prepare_qat
 from hf_oscqat.integration.models import timm_wrapper
 
 
@@ -53,6 +54,18 @@ def test_a_folder_of_timm_s_own_loads_with_its_head_or_another(tmp_path):
     again = timm_wrapper(str(tmp_path / "again"), None).eval()
     torch.testing.assert_close(again(images).logits, loaded(images).logits)
     assert timm_wrapper(str(tmp_path), list("vwxyz"))(images).logits.shape == (2, 5)
+
+
+def test_a_model_of_timm_s_own_is_saved_so_that_it_loads_in_both_forms(tmp_path):
+    torch.manual_seed(0)
+    timm.models.save_for_hf(timm.create_model("test_efficientnet", num_classes=3), tmp_path / "timm")
+    images = torch.randn(2, 3, 32, 32)
+    model = timm_wrapper(str(tmp_path / "timm"), ["a", "b", "c"])
+    calibrate(prepare_qat(model, OscQATConfig()), [images])
+    for form, saved in (("qat", model), ("packed", pack(model))):
+        saved.save_pretrained(tmp_path / form)
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / form)
+        torch.testing.assert_close(loaded(images).logits, model.eval()(images).logits)
 
 
 def test_weights_of_a_file_are_loaded_and_the_file_is_forgotten(tmp_path):
