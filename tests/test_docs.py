@@ -1,4 +1,4 @@
-"""Every page: its pictures and the files it points to are there."""
+"""Every page: its pictures, and the files and headings it points to, are there."""
 
 import re
 from pathlib import Path
@@ -6,13 +6,26 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
+PAGES = sorted(path for folder in (".", "docs", "model_cards") for path in (REPOSITORY / folder).glob("*.md"))
+
+
+def anchors(page):
+    """Anchors of a page's headings, as Hub and forges make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_lead_to_files(page):
     targets = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
     missing = [t for t in targets if not t.startswith(("http:", "https:")) and not (page.parent / t).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_headings(page):
+    targets = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8"))
+    missing = [f"{t}#{a}" for t, a in targets if a not in anchors(page.parent / t if t else page)]
     assert not missing
 
 

@@ -711,31 +711,37 @@ def _draw(found: dict[tuple[str, str, str], list[dict[str, Any] | None]]) -> Fig
         figure = Figure(figsize=(8.6, 3.2), dpi=150, layout="constrained")
         axes: Any = figure.subplots(1, 2, squeeze=False).T
     else:
-        figure = Figure(figsize=(1.2 + 3.2 * len(panels), 5.4), dpi=150, layout="constrained")
+        figure = Figure(figsize=(0.8 + 2.4 * len(panels), 5.4), dpi=150, layout="constrained")
         axes = figure.subplots(2, len(panels), squeeze=False)
     colours = dict(zip(METHODS, (BEFORE, FROZEN, OSCILLATING), strict=True))
     for column, panel in enumerate(panels):
         top, bottom = axes[:, column]
         for place, method in enumerate(METHODS):
             results = there[(*panel, method)]
-            for key, offset, colour in (("before", -0.15, BEFORE), ("after", 0.15, AFTER)):
-                values = [result[key] for result in results]
-                top.scatter([place + offset] * len(values), values, color=colour, s=16, label=key if not place else "")
+            for i, result in enumerate(results):
+                # One line for a seed, and seeds side by side: two with the same accuracy are two dots.
+                ends = [place + offset + 0.04 * (i - (len(results) - 1) / 2) for offset in (-0.2, 0.2)]
+                top.plot(ends, [result["before"], result["after"]], color=BEFORE, linewidth=0.8)
+                for x, key, colour in zip(ends, ("before", "after"), (BEFORE, AFTER), strict=True):
+                    label = key if place == i == 0 else ""
+                    top.scatter(x, result[key], color=colour, s=14, zorder=3, label=label)
             for result in results:
                 steps, shares = zip(
                     *((point["step"], point["oscillating_percent"]) for point in result["history"]), strict=True
                 )
                 # The trials may have chosen other rates, and weights oscillate more at a higher one.
                 label = f"{method}, rate {result['learning_rate']:g}" if result is results[0] else ""
-                bottom.plot(steps, shares, color=colours[method], linewidth=1.2, label=label)
-        top.set_xticks(range(len(METHODS)), list(METHODS))
+                # Plain LSQ on top and dashed, because until a remedy sets in it is the same line.
+                style = {"linestyle": "--", "zorder": 3} if method == "lsq" else {}
+                bottom.plot(steps, shares, color=colours[method], linewidth=1.2, label=label, **style)
+        top.set_xticks(range(len(METHODS)), list(METHODS), fontsize=8)
         top.set_xlim(-0.5, len(METHODS) - 0.5)
-        top.set_title(" ".join(panel), loc="left", fontsize=9)
+        top.set_title(" ".join(panel), loc="left", fontsize=8)
         top.set(ylabel="top-1 accuracy, %")
         bottom.set(xlabel="step", ylabel="oscillating weights, %")
-        bottom.set_ylim(bottom=0)
+        bottom.set_ylim(0, 1.35 * bottom.get_ylim()[1])  # room for the legend
         tidy(top, legend={"title": "re-estimation", "fontsize": 7, "title_fontsize": 7})
-        tidy(bottom, legend={"fontsize": 7})
+        tidy(bottom, legend={"fontsize": 7, "loc": "upper right"})
     return figure
 
 
