@@ -84,7 +84,7 @@ def not_finite(named: Iterable[tuple[str, Tensor | None]]) -> list[str]:
 
 @torch.no_grad()
 def compare_ranks(model: nn.Module, step: int) -> None:
-    """Find out whether all processes hold the same parameters, oscillation statistics and frozen integers.
+    """Find out whether all processes hold the same parameters, grids, oscillation statistics and frozen integers.
 
     Batch-norm statistics are left out, for each process has its own until they are averaged or re-estimated. Every
     process must call it. Each sends 8 bytes a layer.
@@ -96,7 +96,7 @@ def compare_ranks(model: nn.Module, step: int) -> None:
     Raises:
         RuntimeError: on every process, with the names of the layers that differ.
     """
-    layers = {name: layer.state_dict() for name, layer in quantized_layers(model)}
+    layers = {name: {**layer.state_dict(), "grids": _grids(layer)} for name, layer in quantized_layers(model)}
     inside = tuple(f"{name}." for name in layers)
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -114,6 +114,12 @@ def compare_ranks(model: nn.Module, step: int) -> None:
             f"{names}" + (f" and {len(differ) - 5} more" if len(differ) > 5 else "") + ". They no longer train one "
             "model: continue from the last checkpoint, and look for what one process does alone"
         )
+
+
+def _grids(layer: QuantizedLayer) -> Tensor:
+    """What the quantizers of a layer remember of their tensors: signs, and whether they have looked at frozen ones."""
+    flags = [flag for _, quantizer in quantizers(layer) for flag in (quantizer.is_signed, quantizer.has_frozen)]
+    return torch.tensor(flags, dtype=torch.int8, device=layer.latent_weight.device)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> Tensor:

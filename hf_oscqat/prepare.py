@@ -215,7 +215,8 @@ def check_layers(model: nn.Module, config: OscQATConfig) -> None:
 def calibrate(model: nn.Module, batches: Iterable[Batch], policy: Mapping[str, str] | None = None) -> None:
     """Find the initial range of every quantizer: of weights from their values, of inputs from data.
 
-    The batches pass through the model in float and in evaluation mode; none is kept.
+    The batches pass through the model in float and in evaluation mode; none is kept. Processes do not exchange ranges:
+    each has to calibrate with the same batches.
 
     Args:
         model: a model that `prepare_qat` has prepared.
@@ -229,6 +230,7 @@ def calibrate(model: nn.Module, batches: Iterable[Batch], policy: Mapping[str, s
             saw a NaN, or the policy makes an error of what is wrong. The layer is named, and no range has been
             changed.
     """
+    model = unwrapped(model)
     if not any(True for _ in quantized_layers(model)):
         raise ValueError("got a model without quantized layers, expected a prepared one: run prepare_qat first")
     config = _config_of(model)
@@ -374,6 +376,17 @@ def attach_config(model: "PreTrainedModel", config: OscQATConfig) -> None:
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile and DistributedDataParallel put around it."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def short_name(name: str) -> str:

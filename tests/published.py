@@ -51,7 +51,7 @@ def digits_folder(tmp_path_factory):
     results["data"] = {
         "name": "digits", "dataset_id": None, "config": None, "revision": None, "split": data.split,
         "num_train": len(data.train), "skipped_images": 0, "preprocessing": "32 x 32 pixels",
-        "evaluation": claim_arguments(args, 3, preparation),
+        "evaluation": claim_arguments(args, 3, preparation, held_out=data.held_out),
     }  # fmt: skip
     results["run"] = {
         "command": "training/run_qat.py tiny.yaml", "recipe": True, "epochs": 1.0, "steps": 2, "processes": 1,

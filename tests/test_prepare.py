@@ -748,3 +748,12 @@ def test_weights_of_16_bits_are_refused(make_net, dtype):
     with pytest.raises(ValueError, match=rf"with weights of {dtype}, expected float32.*dtype=torch.float32"):
         prepare_qat(model, OscQATConfig())
     assert not any(True for _ in quantized_layers(model))
+
+
+def test_a_compiled_model_is_calibrated_like_the_one_in_it(make_wrapper, pixel_values):
+    config = OscQATConfig(modules_to_not_convert=["blocks.1.0.*"])
+    plain, compiled = (prepare_qat(make_wrapper(), config) for _ in range(2))
+    calibrate(plain, [pixel_values])
+    calibrate(torch.compile(compiled, backend="eager"), [pixel_values])
+    for (name, one), (_, other) in zip(quantizers(plain), quantizers(compiled), strict=True):
+        assert torch.equal(one.scale, other.scale), name

@@ -113,7 +113,7 @@ def _run(settings: Settings, data: ImageData, origin: "Origin") -> dict[str, Any
     """Train and publish, or continue to, or show what was found if that has been done."""
     training, run = settings.training, settings.run
     output_dir = Path(training.output_dir)
-    with training.main_process_first():
+    with training.main_process_first(local=False):  # the folder is one for all machines
         checkpoint = open_output_dir(output_dir, settings)
 
     if (output_dir / RESULTS).is_file():
@@ -483,7 +483,7 @@ def _results(
             "num_train": len(data.train or ()),
             "skipped_images": data.skipped,
             "preprocessing": _preprocessing(pretrained_cfg),
-            "evaluation": claim_arguments(settings.data, training.seed, pretrained_cfg),
+            "evaluation": claim_arguments(settings.data, training.seed, pretrained_cfg, held_out=data.held_out),
         },
         "accuracy": {"float": None, "rounded": None} | {k: asdict(v) for k, v in evaluations.items()},
         "bytes": {

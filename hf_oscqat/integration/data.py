@@ -416,6 +416,7 @@ class ImageData:
         config: configuration of the dataset, as given.
         revision: commit of a dataset of the Hub; None of anything else.
         split: the validation split, or how it was held out of the training split.
+        held_out: whether it was.
         skipped: how many images were left out because they cannot be decoded.
     """
 
@@ -427,6 +428,7 @@ class ImageData:
     config: str | None
     revision: str | None
     split: str
+    held_out: bool
     skipped: int
 
     @property
@@ -490,6 +492,7 @@ def load_image_data(args: DataArguments, seed: int, need_train: bool = True) -> 
         config=args.dataset_config_name,
         revision=args.dataset_revision if on_hub else None,
         split=split,
+        held_out=validation_name is None,
         skipped=skipped,
     )
 

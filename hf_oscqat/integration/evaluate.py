@@ -34,13 +34,28 @@ def keep_top5(logits: Any, labels: Tensor) -> Tensor:
 
 
 def accuracy_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """For `compute_metrics`, after `keep_top5`.
+    """For `compute_metrics`.
+
+    Args:
+        prediction: with `predictions` as `keep_top5` makes them, or logits `[N, classes]`, and `label_ids` `[N]`.
 
     Returns:
         `accuracy` and `top5_accuracy`, in [0, 1].
+
+    Raises:
+        ValueError: if predictions or labels are something else.
     """
-    top5 = np.asarray(prediction.predictions)
-    hits = top5 == np.asarray(prediction.label_ids)[:, None]
+    predictions: Any = prediction.predictions
+    top5 = np.asarray(predictions[0] if isinstance(predictions, tuple | list) else predictions)
+    labels = np.asarray(prediction.label_ids)
+    if top5.ndim != 2 or labels.shape != top5.shape[:1]:
+        raise ValueError(
+            f"got predictions of shape {list(top5.shape)} and labels of shape {list(labels.shape)}, expected logits "
+            "[N, classes] or the best classes [N, 5], and classes [N]: pass compute_metrics for others"
+        )
+    if top5.dtype.kind == "f":
+        top5 = keep_top5(torch.from_numpy(top5), torch.from_numpy(labels)).numpy()
+    hits = top5 == labels[:, None]
     return {"accuracy": float(hits[:, 0].mean()), "top5_accuracy": float(hits.any(1).mean())}
 
 

@@ -14,7 +14,7 @@ from hf_oscqat.integration.modeling import (
     OscQATTimmForImageClassification,
     OscQATTimmModel,
 )
-from hf_oscqat.prepare import attach_config, short_name
+from hf_oscqat.prepare import attach_config, short_name, unwrapped
 from hf_oscqat.quantization.functional import MIN_SCALE, grid_zero
 from hf_oscqat.quantization.layers import QuantizedLayer, quantized_layers
 from hf_oscqat.quantization.packed import GridFormat, LayerFormat, PackedLayer, fill_packed, make_packed
@@ -35,12 +35,14 @@ def pack(model: nn.Module) -> nn.Module:
     trained.
 
     Args:
-        model: a prepared and calibrated model: a timm model, or transformers' wrapper around one.
+        model: a prepared and calibrated model: a timm model, or transformers' wrapper around one; what torch.compile
+            and DistributedDataParallel have put around it is left behind.
 
     Raises:
         ValueError: if the model is not prepared, a quantizer has no range or a bad one, or it is a transformers model
             of another class.
     """
+    model = unwrapped(model)
     layers = dict(quantized_layers(model))
     if not layers:
         raise ValueError("got a model without quantized layers, expected a prepared one: run prepare_qat first")

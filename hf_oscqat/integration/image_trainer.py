@@ -1,7 +1,6 @@
 """`ImageTrainer`: transformers' Trainer for images, which can be killed at any moment and continues exactly."""
 
 import gc
-import math
 import os
 import shutil
 import signal
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from accelerate import PartialState
@@ -84,7 +83,7 @@ class ImageTrainer(Trainer):
             **kwargs: as in transformers.
 
         Raises:
-            ValueError: if the checkpoint is damaged, or there is no good one.
+            ValueError: if the checkpoint is damaged, or of another run, or there is no good one.
             Preempted: after SIGTERM.
         """
         if resume_from_checkpoint is True:
@@ -98,19 +97,43 @@ class ImageTrainer(Trainer):
                     f"got checkpoint {resume_from_checkpoint}, expected one to continue from, but {problem}: take an "
                     "earlier one, or begin anew in another output_dir"
                 )
-        if resume_from_checkpoint and processes_of(resume_from_checkpoint) != self.args.world_size:
-            raise ValueError(
-                f"got {self.args.world_size} processes for a checkpoint of {processes_of(resume_from_checkpoint)}, "
-                "expected as many: batch, number of steps and learning rates would be others from here on. Start as "
-                "many, or begin anew in another output_dir"
-            )
-        if resume_from_checkpoint and (finished := self._finished(resume_from_checkpoint)) is not None:
-            return finished
+        if resume_from_checkpoint:
+            self._check_origin(Path(resume_from_checkpoint))
+            if (finished := self._finished(resume_from_checkpoint)) is not None:
+                return finished
+            self._check_is_complete(Path(resume_from_checkpoint))
         with self._preemption.heeded():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._preemption.stopped:
             raise Preempted(self.state.global_step)
         return output
+
+    def _check_origin(self, checkpoint: Path) -> None:
+        """Refuse a good checkpoint of a run that this one does not continue.
+
+        Raises:
+            ValueError: if another number of processes has trained it.
+        """
+        if processes_of(checkpoint) != self.args.world_size:
+            raise ValueError(
+                f"got {self.args.world_size} processes for a checkpoint of {processes_of(checkpoint)}, "
+                "expected as many: batch, number of steps and learning rates would be others from here on. Start as "
+                "many, or begin anew in another output_dir"
+            )
+
+    def _check_is_complete(self, checkpoint: Path) -> None:
+        """Refuse to go on without what `save_only_model` leaves out; transformers would begin the schedule anew.
+
+        Raises:
+            ValueError: if optimizer or schedule are not in it.
+        """
+        missing = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not (checkpoint / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"got checkpoint {checkpoint} without {' and '.join(missing)}, expected one that was not saved with "
+                "save_only_model: momentum and learning rates would begin anew. Begin another run with its model, in "
+                "another output_dir"
+            )
 
     def _finished(self, checkpoint: str) -> TrainOutput | None:
         """Load a checkpoint of the last step; None if it is of an earlier one.
@@ -118,19 +141,32 @@ class ImageTrainer(Trainer):
         transformers would go on from there with one step more, where `max_steps` ends within an epoch.
         """
         state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-        same_epochs = state.num_train_epochs == math.ceil(self.args.num_train_epochs)
-        last = self.args.max_steps if self.args.max_steps > 0 else state.max_steps if same_epochs else 0
-        if not 0 < last <= state.global_step:
+        last = self.args.max_steps
+        if last <= 0:  # the same number that transformers takes
+            *_, last = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        if state.global_step < last:
             return None
         self._load_from_checkpoint(checkpoint)
         self.state = state
+        self._find_best(Path(checkpoint).parent)
         # The file is the first process's.
         state.is_local_process_zero = self.is_local_process_zero()
         state.is_world_process_zero = self.is_world_process_zero()
         self._load_rng_state(checkpoint)
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            if not Path(state.best_model_checkpoint).is_dir():
+                raise ValueError(
+                    f"got {checkpoint}, after whose training the best model is to be loaded, but that is not in "
+                    f"{state.best_model_checkpoint}: put this checkpoint back, or set load_best_model_at_end=False"
+                )
             self._load_best_model()
         return TrainOutput(state.global_step, float("nan"), {})
+
+    def _find_best(self, run_dir: Path) -> None:
+        """Take the best checkpoint for where it is now; the run's folder may have been moved."""
+        best = self.state.best_global_step
+        if best and (run_dir / f"{PREFIX}{best}").is_dir():
+            self.state.best_model_checkpoint = str(run_dir / f"{PREFIX}{best}")
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
@@ -170,9 +206,10 @@ class ImageTrainer(Trainer):
         finally:
             self._writing = None
         self.accelerator.wait_for_everyone()
-        best = self.state.best_global_step
-        if best and (best == self.state.global_step or (run_dir / f"{PREFIX}{best}").is_dir()):
-            self.state.best_model_checkpoint = str(run_dir / f"{PREFIX}{best}")
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(run_dir / name)
+        else:
+            self._find_best(run_dir)
         if self.args.should_save:
             self.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
             write_manifest(beside / name, self.args.world_size)

@@ -1511,7 +1511,7 @@ def fold_activations(model: nn.Module) -> None:
     """Move activations into the quantized layers behind them, in place, where that is known to be safe."""
     for block, path, activation, layer in list(_foldable(model)):
         bounds = _bounds(activation)
-        if bounds is not None and _quantizes_input(layer) and not _is_watched(activation, layer):
+        if bounds is not None and _quantizes_input(layer) and not _is_watched(block, path, layer):
             layer.input_activation = bounds  # type: ignore[assignment]
             _replace(block, path, FoldedActivation(activation))
 
@@ -1523,9 +1523,18 @@ def _quantizes_input(layer: nn.Module) -> bool:
     return getattr(layer, "input_quantizer", None) is not None
 
 
-def _is_watched(activation: nn.Module, layer: nn.Module) -> bool:
-    """Whether a hook sees what passes from one to the other, such as timm's feature extraction."""
-    return bool(layer._forward_pre_hooks or activation._forward_hooks or activation._forward_pre_hooks)
+def _is_watched(block: nn.Module, path: str, layer: nn.Module) -> bool:
+    """Whether a hook sees what passes from an activation, or the norm that it is in, to a layer.
+
+    timm's feature extraction is one.
+    """
+    parts = path.split(".")
+    on_the_way = [block.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts))]
+    return bool(
+        layer._forward_pre_hooks
+        or on_the_way[-1]._forward_pre_hooks
+        or any(module._forward_hooks for module in on_the_way)
+    )
 
 
 def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, nn.Module]]:

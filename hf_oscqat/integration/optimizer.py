@@ -30,7 +30,9 @@ class OscQATOptimizer(Optimizer):
         self.weights = weights
         self.scales = scales
         self._scales_to_bound: list[torch.Tensor] = list(scales_to_bound)
-        super().__init__([*weights.param_groups, *scales.param_groups], defaults={})
+        # Some schedules of transformers look for the rate there.
+        defaults = {"lr": weights.defaults["lr"]}
+        super().__init__([*weights.param_groups, *scales.param_groups], defaults)
         self._share()
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]

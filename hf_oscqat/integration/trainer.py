@@ -4,6 +4,7 @@ It knows the places where a remedy may act and none of the remedies; everything 
 loop with the same functions.
 """
 
+import json
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
@@ -26,6 +27,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.utils import CONFIG_NAME
 
 from hf_oscqat.config import OscQATConfig, check_keys
 from hf_oscqat.diagnosis import compare_ranks, dead_quantizers, not_finite, scales_at_minimum
@@ -59,6 +61,11 @@ from hf_oscqat.report.recorder import running_statistics, set_running_statistics
 
 logger = logging.getLogger(__name__)
 
+GRID = (
+    "weight_bits", "activation_bits", "weight_granularity", "weight_scheme", "activation_scheme", "first_last_bits",
+    "overrides", "modules_to_not_convert", "scale_domain",
+)  # fmt: skip
+"""Settings that say which values weights and inputs can have."""
 RECORDED_BATCHES = 4
 """Batches that show, on images of their own, how good re-estimated statistics are; for the report only."""
 
@@ -174,7 +181,7 @@ class OscQATTrainer(ImageTrainer):
     Args:
         model: a transformers model after `prepare_qat` and `calibrate`, or one loaded in training form.
         args: `OscQATTrainingArguments`.
-        **kwargs: as in transformers. `compute_metrics` defaults to top-1 and top-5 accuracy.
+        **kwargs: as in transformers, without `model_init`. `compute_metrics` defaults to top-1 and top-5 accuracy.
 
     Attributes:
         tracker: the oscillation tracker.
@@ -182,13 +189,22 @@ class OscQATTrainer(ImageTrainer):
         skipped_steps: steps of this process that were not made, because their gradient was not finite.
 
     Raises:
-        ValueError: if the model is not prepared or not calibrated, or batch-norm is to be re-estimated from a dataset
-            without a length.
+        ValueError: if the model is not prepared or not calibrated, batch-norm is to be re-estimated from a dataset
+            that cannot be indexed, or an argument of transformers does not fit.
     """
 
-    def __init__(self, model: PreTrainedModel, args: OscQATTrainingArguments | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel | None = None, args: OscQATTrainingArguments | None = None, **kwargs: Any
+    ) -> None:
+        if kwargs.get("model_init") is not None:
+            raise ValueError(
+                "got model_init, expected a model: tracker and remedies belong to one. For a search of "
+                "hyper-parameters make a model and a trainer for each trial"
+            )
+        if args is not None and not isinstance(args, OscQATTrainingArguments):
+            raise ValueError(f"got args of {type(args).__name__}, expected OscQATTrainingArguments")
         config = getattr(getattr(model, "config", None), "quantization_config", None)
-        if not isinstance(config, OscQATConfig) or not any(True for _ in quantized_layers(model)):
+        if model is None or not isinstance(config, OscQATConfig) or not any(True for _ in quantized_layers(model)):
             if isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
                 raise ValueError(
                     f"got a bare {type(model).__name__}, expected transformers' wrapper of a timm model, after "
@@ -225,6 +241,12 @@ class OscQATTrainer(ImageTrainer):
                 "got freezing and no weights of at most 4 bits, expected some: wider ones are not tracked, because "
                 "their oscillations have no effect. Remove freezing from the config"
             )
+        if self.remedies and all(layer.weight_quantizer is None for _, layer in quantized_layers(model)):
+            names = " and ".join(remedy.name for remedy in self.remedies)
+            raise ValueError(
+                f"got {names} and no quantized weights, expected some: remedies act on weights. Set weight_bits, or "
+                "remove them from the config"
+            )
         self._remedy_losses: dict[str, Any] = {}
         self._loss_count = 0
         self.skipped_steps = 0
@@ -232,6 +254,8 @@ class OscQATTrainer(ImageTrainer):
         self._gradient_dropped = False
         self._grad_norm: float | None = None  # of the step being made; not known while fp16's scaler has it scaled
         self._hooked: torch.optim.Optimizer | None = None
+        self._ticked = False
+        self._num_evaluated = 0
         self._begins_step = True
         self._batchnorm = batchnorm_layers(model)
         self._statistics: list[torch.Tensor] = []
@@ -240,15 +264,16 @@ class OscQATTrainer(ImageTrainer):
         self._warned: set[str] = set()
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(_LogLastStep)
-        self.add_callback(_NoteSkippedSteps(self))
+        self.add_callback(_NoteSteps(self))
         self._recording: RecordOscillations | None = None
-        if args.record_oscillations and self.tracker is not None:
+        if args.record_oscillations and self._tracks:
             scheme = f"W{config.weight_bits or 32}A{config.activation_bits or 32}"
             names = " and ".join(remedy.name.replace("_", " ") for remedy in self.remedies)
             about = {"model": str(getattr(model.config, "architecture", "")), "scheme": scheme, "remedies": names}
             self._recording = RecordOscillations(self, about)
             self.add_callback(self._recording)
-        if self._reestimates and self.train_dataset is not None and not isinstance(self.train_dataset, Sized):
+        in_order = not isinstance(self.train_dataset, Sized) or isinstance(self.train_dataset, IterableDataset)
+        if self._reestimates and self.train_dataset is not None and in_order:
             raise ValueError(
                 "got a training dataset without a length, expected one that can be indexed: batch-norm re-estimation "
                 "draws from it. Or set batchnorm_reestimation_batches=0"
@@ -258,6 +283,23 @@ class OscQATTrainer(ImageTrainer):
     def step(self) -> int:
         """The optimizer step being made, counted from 1."""
         return self.state.global_step + 1
+
+    def _check_origin(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint of another number of processes, or of a model on another grid.
+
+        Raises:
+            ValueError: if it is one.
+        """
+        super()._check_origin(checkpoint)
+        found = json.loads((checkpoint / CONFIG_NAME).read_text(encoding="utf-8")).get("quantization_config") or {}
+        wanted = self.oscqat_config.to_dict()
+        # What acts in training may be changed on the way; what values the weights can have may not.
+        changed = sorted(key for key in GRID if found.get(key) != wanted[key])
+        if changed:
+            raise ValueError(
+                f"got checkpoint {checkpoint} of a model with other settings of {', '.join(changed)}, expected the "
+                "same to continue: prepare the model as it was, or begin anew in another output_dir"
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model and config; transformers would push as well, at each call, and on one process only."""
@@ -349,7 +391,7 @@ class OscQATTrainer(ImageTrainer):
             measured = {
                 "accuracy": metrics["eval_accuracy"],
                 "top5_accuracy": metrics["eval_top5_accuracy"],
-                "num_images": len(self.eval_dataset),
+                "num_images": self._num_evaluated,
                 "images_per_second": metrics.get("eval_samples_per_second", 0.0),
             }
         command = command_line([Path(sys.argv[0]).name, *sys.argv[1:]], self.args.hub_token, token)
@@ -425,7 +467,15 @@ class OscQATTrainer(ImageTrainer):
         """Train, see `ImageTrainer.train`; in the end the model has re-estimated batch-norm statistics.
 
         Whoever packs it then, with or without an evaluation, packs statistics of the weights that it has.
+
+        Raises:
+            ValueError: if there is no dataset to re-estimate them from.
         """
+        if self._reestimates and self.train_dataset is None:
+            raise ValueError(
+                "got train_dataset=None, expected the training data also where get_train_dataloader is your own: "
+                "batch-norm re-estimation draws from it. Or set batchnorm_reestimation_batches=0"
+            )
         output = super().train(*args, **kwargs)
         self._finish_statistics()
         return output
@@ -523,11 +573,22 @@ class OscQATTrainer(ImageTrainer):
         self._warn_once(self._dead or [], "every value has the same integer: what passes through says nothing")
         return metrics
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict as transformers does; `predictions` are logits, of which evaluation keeps the best classes only."""
+        kept: Any = self.preprocess_logits_for_metrics  # type: ignore[has-type]
+        if kept is keep_top5:
+            self.preprocess_logits_for_metrics = None
+        try:
+            return super().predict(*args, **kwargs)
+        finally:
+            self.preprocess_logits_for_metrics = kept
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, and keep nothing that was cached meanwhile; the model stays in evaluation mode."""
         with evaluation_mode(self.model):
             output = super().evaluation_loop(*args, **kwargs)
         self.model.eval()
+        self._num_evaluated = output.num_samples
         return output
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -618,6 +679,7 @@ class OscQATTrainer(ImageTrainer):
         return float(torch.nn.utils.get_total_norm(grads))
 
     def _tick(self, *_: Any) -> None:
+        self._ticked = True
         if self._gradient_dropped:  # without a gradient the optimizer does nothing either
             return
         if self.tracker is not None:
@@ -628,10 +690,20 @@ class OscQATTrainer(ImageTrainer):
         if self.args.world_size > 1 and every > 0 and self.step % every == 0:
             compare_ranks(self.model, self.step)
 
-    def _note_step_of_scaler(self) -> None:
-        """Count the step if fp16's scaler has skipped it, as it does at first until it has found its scale."""
+    def _note_step(self) -> None:
+        """Make sure that a step was noticed, and count it if fp16's scaler has skipped it, as it does at first.
+
+        Raises:
+            RuntimeError: if the optimizer does not call what is registered with `register_step_pre_hook`.
+        """
+        skipped = self.accelerator.scaler is not None and self.accelerator.optimizer_step_was_skipped
+        if not (skipped or self._ticked):
+            raise RuntimeError(
+                f"got the optimizer {type(self._hooked).__name__}, whose step calls no hooks, expected one that does, "
+                "as torch.optim's own: oscillations would be neither tracked nor acted upon"
+            )
+        self._ticked = False
         if self.accelerator.scaler is not None:
-            skipped = self.accelerator.optimizer_step_was_skipped
             if skipped:
                 self._restore_statistics()
             self._note_skipped(["the scaled loss"] if skipped else [], 3 * self.args.max_skipped_steps)
@@ -663,6 +735,11 @@ class OscQATTrainer(ImageTrainer):
     def _reestimates(self) -> bool:
         return self.oscqat_config.batchnorm_reestimation_batches > 0 and bool(batchnorm_layers(self.model))
 
+    @property
+    def _tracks(self) -> bool:
+        """Whether there are weights whose oscillations are looked at; of wide ones they have no effect."""
+        return self.tracker is not None and bool(self.tracker.layers)
+
     def _images(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in self._prepare_inputs(batch).items() if k not in self.label_names}
 
@@ -677,7 +754,8 @@ class OscQATTrainer(ImageTrainer):
 
     def _oscillation_scalars(self) -> dict[str, float]:
         scalars: dict[str, float] = {}
-        if self.tracker is not None:
+        if self._tracks:
+            assert self.tracker is not None
             scalars["oscillating_percent"] = 100 * self.tracker.oscillating_fraction
             scalars["scale_caused_percent"] = 100 * self.tracker.scale_caused_fraction
             scalars["frozen_percent"] = 100 * self.tracker.frozen_fraction
@@ -705,16 +783,23 @@ class _LogLastStep(TrainerCallback):
         return control
 
 
-class _NoteSkippedSteps(TrainerCallback):
-    """Fires after each step, made or skipped by the scaler."""
+class _NoteSteps(TrainerCallback):
+    """Fires when the model has been wrapped, and after each step, made or skipped by the scaler."""
 
     def __init__(self, trainer: OscQATTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # DistributedDataParallel has given every process the buffers of the first, behind the quantizers' backs.
+        for _, quantizer in quantizers(self.trainer.model):
+            quantizer.refresh()
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer._note_step_of_scaler()
+        self.trainer._note_step()
 
 
 def _constant(step: int) -> float:

@@ -146,13 +146,16 @@ class Verification:
         }
 
 
-def claim_arguments(args: DataArguments, seed: int, preparation: Mapping[str, Any]) -> dict[str, Any]:
+def claim_arguments(
+    args: DataArguments, seed: int, preparation: Mapping[str, Any], *, held_out: bool
+) -> dict[str, Any]:
     """Return what decides about an accuracy besides model, dataset, configuration, revision and split.
 
     Args:
         args: the data of the run.
         seed: that images are held out and drawn with.
         preparation: how images are prepared, with the keys of timm.
+        held_out: whether `train_val_split` was used, and not a split of its own.
     """
     source = "hub"
     if args.dataset_name == "digits":
@@ -164,6 +167,8 @@ def claim_arguments(args: DataArguments, seed: int, preparation: Mapping[str, An
         for name in ("train_split", "train_val_split", "image_column_name", "label_column_name", "max_eval_samples")
         if getattr(args, name) != getattr(DataArguments, name, None)
     }
+    if not held_out:
+        chosen.pop("train_val_split", None)
     if args.skip_bad_images:
         chosen["skip_bad_images"] = True
     if chosen.keys() & {"train_val_split", "max_eval_samples"}:

@@ -5,7 +5,8 @@ free: a quantized network then reads and writes little more memory than the floa
 
 An activation may be folded only where its output goes to one quantized layer and nowhere else. For the blocks below
 that is known from timm's source; anything else stays as it is, and so does what somebody watches with a hook. What the
-network computes does not change by a bit.
+network computes does not change by a bit. (A hook that is registered later, on a norm with such an activation in it,
+sees values before the activation, and the packed model goes on writing into them.)
 """
 
 import math
@@ -50,7 +51,7 @@ def fold_activations(model: nn.Module) -> None:
     """Move activations into the quantized layers behind them, in place, where that is known to be safe."""
     for block, path, activation, layer in list(_foldable(model)):
         bounds = _bounds(activation)
-        if bounds is not None and _quantizes_input(layer) and not _is_watched(activation, layer):
+        if bounds is not None and _quantizes_input(layer) and not _is_watched(block, path, layer):
             layer.input_activation = bounds  # type: ignore[assignment]
             _replace(block, path, FoldedActivation(activation))
 
@@ -62,9 +63,18 @@ def _quantizes_input(layer: nn.Module) -> bool:
     return getattr(layer, "input_quantizer", None) is not None
 
 
-def _is_watched(activation: nn.Module, layer: nn.Module) -> bool:
-    """Whether a hook sees what passes from one to the other, such as timm's feature extraction."""
-    return bool(layer._forward_pre_hooks or activation._forward_hooks or activation._forward_pre_hooks)
+def _is_watched(block: nn.Module, path: str, layer: nn.Module) -> bool:
+    """Whether a hook sees what passes from an activation, or the norm that it is in, to a layer.
+
+    timm's feature extraction is one.
+    """
+    parts = path.split(".")
+    on_the_way = [block.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts))]
+    return bool(
+        layer._forward_pre_hooks
+        or on_the_way[-1]._forward_pre_hooks
+        or any(module._forward_hooks for module in on_the_way)
+    )
 
 
 def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, nn.Module]]:

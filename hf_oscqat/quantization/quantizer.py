@@ -254,10 +254,28 @@ class Quantizer(nn.Module):
         """`frozen_int` where a weight is frozen; otherwise None, which costs no forward a look at it."""
         return self.frozen_int if self.has_frozen else None
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if not self.scale.is_meta:
-            self.refresh()
+    def check_frozen(self, frozen_int: Tensor) -> None:
+        """Refuse frozen integers that come from a grid of another width.
+
+        Raises:
+            ValueError: if their dtype is not that of this grid, or one of them lies outside of it.
+        """
+        expected = frozen_dtype(self.num_bits)
+        outside = is_frozen(frozen_int) & ((frozen_int < self.qmin) | (frozen_int > self.qmax))
+        if frozen_int.dtype != expected or bool(outside.any()):
+            raise ValueError(
+                f"got frozen integers in {frozen_int.dtype}, {int(outside.sum())} of them outside of the grid, "
+                f"expected {expected} in [{self.qmin}, {self.qmax}]: they are of a grid of another width"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.scale.is_meta:
+            return
+        self.refresh()
+        loaded = state_dict.get(f"{prefix}frozen_int")
+        if loaded is not None and self.frozen_int is not None:
+            self.check_frozen(loaded)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
         def keep_precision(tensor: Tensor) -> Tensor:

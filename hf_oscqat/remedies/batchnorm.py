@@ -75,7 +75,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch], *, total_va
             which the average of the batches' variances, the published choice, leaves out.
 
     Raises:
-        ValueError: if `batches` is empty.
+        ValueError: if `batches` is empty, in all processes.
     """
     layers = batchnorm_layers(model)
     if not layers:
@@ -98,7 +98,10 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Batch], *, total_va
                 with torch.inference_mode():
                     forward_batch(model, batch)
                 seen += 1
-        if seen == 0:
+        # A process without batches gives nothing to the sums, and must not leave the others waiting for it.
+        of_all = sums[0].mean.new_tensor([seen])
+        _sum_over_processes([of_all])
+        if of_all.item() == 0:
             raise ValueError("got no batches for batch-norm re-estimation, expected at least one")
         results = _averages(sums, saved)
     finally:

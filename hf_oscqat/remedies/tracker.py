@@ -322,7 +322,7 @@ class OscillationTracker:
         """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: if its names or shapes are not those of this tracker.
+            ValueError: if its names, shapes or frozen integers are not those of this tracker's model.
         """
         own = self.state_dict()
         if own.keys() != state.keys():
@@ -333,6 +333,9 @@ class OscillationTracker:
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise ValueError(f"got {name} of shape {list(state[name].shape)}, expected {list(tensor.shape)}")
+        for name, layer in self.layers.items():
+            if layer.weight_quantizer is not None and (key := f"{name}.frozen_int") in state:
+                layer.weight_quantizer.check_frozen(state[key])
         for name, tensor in own.items():
             tensor.copy_(state[name])
         for layer in self.layers.values():

@@ -49,6 +49,11 @@ def change(model):
         weight[7] = torch.nextafter(weight[7], torch.tensor(1e9))
 
 
+def forget_what_is_frozen(model):
+    """What is not in the tensors: whether a quantizer looks at its frozen integers."""
+    model.timm_model.conv_stem.weight_quantizer.has_frozen = True
+
+
 def gloo_threads() -> list[str]:
     """Names of the threads of this process that serve its connections to others."""
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
@@ -64,6 +69,12 @@ def main(folder: Path) -> dict[str, Any]:
         trainer.train()
     except RuntimeError as error:
         report["error"] = str(error)
+    trainer = make_trainer(folder)
+    trainer.add_callback(OnOneRank(0, forget_what_is_frozen))
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        report["grid_error"] = str(error)
     trainer = make_trainer(folder)
     trainer.add_callback(OnOneRank(3, lambda model: os.kill(os.getpid(), signal.SIGTERM)))
     try:

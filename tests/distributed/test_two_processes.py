@@ -28,6 +28,7 @@ def test_one_process_that_goes_its_own_way_stops_all_and_sigterm_to_one_ends_all
         report = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert "the same on all, in blocks.1.0.conv_exp." in report["error"]
         assert "at step 4" in report["error"]
+        assert "at step 2, expected the same on all, in conv_stem" in report["grid_error"]
         assert report["code"] == 143
         assert report["step"] == 10
         assert report["checkpoints"] == ["checkpoint-10"]
@@ -40,6 +41,7 @@ def test_both_ranks_end_with_the_same_weights_scales_statistics_and_frozen_integ
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["processes"] == 2
     assert first["frozen"] > 0
+    assert first["signed"] == second["signed"]
     assert max(first["batchnorm_difference"], second["batchnorm_difference"]) < 1e-6
     assert {name for name in first["state"] if first["state"][name] != second["state"][name]} <= {
         name for name in first["state"] if name.endswith("num_batches_tracked")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from accelerate import PartialState
 from hf_oscqat import (
     OscQATConfig,
     OscQATTrainer,
@@ -18,6 +19,7 @@ from hf_oscqat import (
 from hf_oscqat.checkpoint import digest
 from hf_oscqat.integration.image_trainer import leave_process_group
 from hf_oscqat.integration.models import timm_wrapper
+from hf_oscqat.quantization.layers import quantizers
 
 FREEZING = {"momentum": 0.1, "threshold": 0.1, "threshold_final": 0.1, "anneal_start": 0.0}
 
@@ -39,6 +41,9 @@ def main(folder: Path) -> None:
     model = timm_wrapper("test_efficientnet", list("abcde"))
     prepare_qat(model, OscQATConfig(freezing=FREEZING, batchnorm_reestimation_batches=2))
     calibrate(model, [torch.stack([images[i]["pixel_values"] for i in range(8)])])
+    if PartialState().process_index == 1:  # DistributedDataParallel is to make this one's grids those of the first
+        for _, quantizer in quantizers(model):
+            quantizer.set_range(2 * quantizer.scale, signed=not quantizer.is_signed)
     args = OscQATTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=4,
@@ -58,13 +63,17 @@ def main(folder: Path) -> None:
     layer = torch.nn.BatchNorm2d(5)
     share = every[:6] if args.process_index == 0 else every[6:]
     reestimate_batchnorm(torch.nn.Sequential(layer), list(share), total_variance=True)
+    nothing = torch.nn.BatchNorm2d(5)
+    reestimate_batchnorm(nothing, list(every) if args.process_index == 0 else [])
     together = every.flatten(0, 1)
     difference = max(
         float((layer.running_mean - together.mean((0, 2, 3))).abs().max()),
         float((layer.running_var - together.var((0, 2, 3))).abs().max()),
+        float((nothing.running_mean - together.mean((0, 2, 3))).abs().max()),
     )
     state = {name: digest(tensor) for name, tensor in trainer.model.state_dict().items()}
     report = {
+        "signed": [quantizer.is_signed for _, quantizer in quantizers(trainer.model)],
         "processes": args.world_size,
         "frozen": trainer.tracker.frozen_fraction,
         "state": state,

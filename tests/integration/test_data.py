@@ -100,6 +100,8 @@ def test_train_val_split_is_stratified_disjoint_and_seeded(tmp_path):
     assert np.bincount(images.validation.labels).tolist() == [3, 3]
     assert images.split == "0.3 of 'train', stratified, seed 0"
     assert values(load(train_dir=folder, train_val_split=0.3).validation) == validation
+    assert images.held_out
+    assert not load(train_dir=folder, validation_dir=folder, train_val_split=0.3).held_out
     assert values(load(train_dir=folder, train_val_split=0.3, seed=1).validation) != validation
     alone = load(train_dir=folder, train_val_split=0.3, need_train=False)
     assert alone.train is None

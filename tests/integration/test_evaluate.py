@@ -35,6 +35,19 @@ def test_metrics_count_first_and_first_five():
     assert metrics == pytest.approx({"accuracy": 1 / 3, "top5_accuracy": 2 / 3})
 
 
+def test_metrics_take_logits_too():
+    metrics = accuracy_metrics(EvalPrediction(predictions=LOGITS.numpy(), label_ids=LABELS.numpy()))
+    assert metrics == pytest.approx({"accuracy": 1 / 3, "top5_accuracy": 2 / 3})
+
+
+@pytest.mark.parametrize(
+    ("predictions", "labels"), [(LOGITS.argmax(-1), LABELS), (LOGITS, torch.zeros(3, 6)), (LOGITS[:2], LABELS)]
+)
+def test_metrics_of_something_else_are_an_error(predictions, labels):
+    with pytest.raises(ValueError, match="pass compute_metrics"):
+        accuracy_metrics(EvalPrediction(predictions=predictions.numpy(), label_ids=labels.numpy()))
+
+
 def test_top5_of_three_classes_is_all_three():
     assert keep_top5(LOGITS[:, :3], LABELS).shape == (3, 3)
 

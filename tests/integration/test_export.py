@@ -37,6 +37,15 @@ def oscillate(model, threshold=0.4):
     return tracker
 
 
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), torch.nn.DataParallel])
+def test_what_is_around_a_model_is_left_behind(make_prepared_wrapper, pixel_values, tmp_path, wrap):
+    model = make_prepared_wrapper()
+    packed = pack(wrap(model))
+    packed.save_pretrained(tmp_path)
+    loaded = type(packed).from_pretrained(tmp_path)
+    assert torch.equal(loaded(pixel_values).logits, model(pixel_values).logits)
+
+
 class TestEqualOutputs:
     @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
     @pytest.mark.parametrize("weight_scheme", ["symmetric", "asymmetric"])

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import threading
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from transformers import AutoModelForImageClassification, TrainerCallback
+from transformers import AutoModelForImageClassification, TrainerCallback, TrainingArguments
 
 from hf_oscqat import (
     CheckpointError,
@@ -128,6 +129,19 @@ def test_a_given_optimizer_is_ticked_too_and_all_its_groups_have_its_schedule(ma
     assert all(group["lr"] < 0.01 for group in optimizer.param_groups)
 
 
+def test_given_optimizer_that_calls_no_hooks_is_refused_at_its_first_step(make_trainer):
+    from timm.optim import Lookahead
+
+    made = make_trainer({"freezing": FREEZING})
+    optimizer = Lookahead(torch.optim.SGD(made.model.parameters(), lr=0.1))
+    trainer = OscQATTrainer(
+        model=made.model, args=made.args, optimizers=(optimizer, None), train_dataset=made.train_dataset
+    )
+    with pytest.raises(RuntimeError, match="got the optimizer Lookahead, whose step calls no hooks"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 @pytest.mark.parametrize("own_loss", [False, True])
 def test_remedies_count_once_however_many_micro_batches_there_are(make_trainer, own_loss):
     moved = []
@@ -147,6 +161,12 @@ def test_remedies_count_once_however_many_micro_batches_there_are(make_trainer, 
     assert moved[0].abs().max() > 0
     for other in moved[1:]:
         torch.testing.assert_close(other, moved[0])
+
+
+@pytest.mark.parametrize("remedy", ["freezing", "dampening", "bin_regularization"])
+def test_remedies_of_weights_in_float_are_an_error_before_training(make_trainer, remedy):
+    with pytest.raises(ValueError, match=f"got {remedy} and no "):
+        make_trainer({"weight_bits": None, remedy: {}, "first_last_bits": None})
 
 
 def test_freezing_of_weights_too_wide_to_be_tracked_is_an_error(make_trainer):
@@ -376,6 +396,26 @@ class TestCheckpoints:
         assert make_trainer(**options).train().global_step == 9
         assert make_trainer(**options).train(True).global_step == 9
 
+    @pytest.mark.parametrize("more", [{"num_train_epochs": 2.0}, {"per_device_train_batch_size": 2}])
+    def test_of_the_last_step_of_a_shorter_training_is_continued(self, make_trainer, more):
+        options = {"max_steps": -1, "num_train_epochs": 1.5, "save_strategy": "steps", "save_steps": 3}
+        assert make_trainer(**options).train().global_step == 9
+        assert make_trainer(**{**options, **more}).train(True).global_step > 9
+
+    def test_without_optimizer_is_refused_unless_it_is_the_last(self, make_trainer):
+        options = {"save_strategy": "steps", "save_steps": 5, "save_only_model": True}
+        make_trainer(max_steps=5, **options).train()
+        with pytest.raises(ValueError, match=r"without optimizer\.pt and scheduler\.pt, expected one that was not"):
+            make_trainer(**options).train(True)
+        assert make_trainer(max_steps=5, **options).train(True).global_step == 5
+
+    @pytest.mark.parametrize("change", [{"weight_bits": 3}, {"activation_bits": None}, {"overrides": {"*": {}}}])
+    def test_of_a_model_on_another_grid_is_refused(self, make_trainer, change):
+        make_trainer(save_strategy="steps", save_steps=5, max_steps=5).train()
+        with pytest.raises(ValueError, match=f"with other settings of {next(iter(change))}, expected the same"):
+            make_trainer(change).train(True)
+        make_trainer({"freezing": FREEZING}, max_steps=6).train(True)  # a remedy may begin later
+
     def test_damaged_one_that_is_asked_for_is_an_error(self, make_trainer, tmp_path):
         make_trainer(save_strategy="steps", save_steps=5).train()
         (tmp_path / "run" / "checkpoint-5" / "model.safetensors").write_bytes(b"")
@@ -397,6 +437,26 @@ class TestCheckpoints:
         stored = load_file(f"{best}/model.safetensors")
         loaded = trainer.model.state_dict()
         assert all(torch.equal(stored[name], loaded[name]) for name in stored)
+
+    def test_best_one_of_a_folder_that_was_moved(self, make_trainer, tmp_path):
+        options = {
+            "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+            "load_best_model_at_end": True, "metric_for_best_model": "loss", "max_steps": 6, "learning_rate": 1.0,
+        }  # fmt: skip
+        trainer = make_trainer(**options)
+        trainer.train()
+        best = trainer.state.best_global_step
+        assert best < 6  # at such a rate the last is not the best
+        stored = load_file(tmp_path / "run" / f"checkpoint-{best}" / "model.safetensors")
+        (tmp_path / "run").rename(tmp_path / "moved")
+        again = make_trainer(**options, output_dir=str(tmp_path / "moved"))
+        again.train(True)
+        loaded = again.model.state_dict()
+        # Statistics are re-estimated in the end.
+        assert all(torch.equal(stored[name], loaded[name]) for name in stored if name.endswith("weight"))
+        shutil.rmtree(tmp_path / "moved" / f"checkpoint-{best}")
+        with pytest.raises(ValueError, match="the best model is to be loaded, but that is not in"):
+            make_trainer(**options, output_dir=str(tmp_path / "moved")).train(True)
 
     def test_malicious_pickle_in_a_checkpoint_is_not_executed(self, make_trainer, tmp_path):
         class Malicious:
@@ -540,11 +600,71 @@ class TestWithoutEffectOrWorse:
                 optimizer_cls_and_kwargs=(torch.optim.RMSprop, {"lr": 1.0}),
             )
 
+    def test_model_init_is_refused(self, make_trainer):
+        with pytest.raises(ValueError, match="got model_init, expected a model"):
+            OscQATTrainer(args=make_trainer().args, model_init=lambda: None)
+
+    def test_arguments_of_transformers_are_refused(self, make_trainer, tmp_path):
+        with pytest.raises(ValueError, match="got args of TrainingArguments, expected OscQATTrainingArguments"):
+            OscQATTrainer(model=make_trainer().model, args=TrainingArguments(str(tmp_path), use_cpu=True))
+
+    def test_loader_of_ones_own_without_the_data_is_refused_before_training(self, make_trainer):
+        trainer = make_trainer(save_strategy="steps", save_steps=2)
+        trainer.train_dataset = None
+        trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(RandomImages(), batch_size=4)
+        with pytest.raises(ValueError, match="got train_dataset=None, expected the training data also where"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+        trainer.oscqat_config.batchnorm_reestimation_batches = 0
+        assert trainer.train().global_step == 10
+
+    def test_data_that_come_in_an_order_of_their_own_are_refused(self, make_trainer):
+        class InOrder(torch.utils.data.IterableDataset):
+            def __len__(self):
+                return 8
+
+            def __iter__(self):
+                return iter(RandomImages())
+
+        made = make_trainer()
+        with pytest.raises(ValueError, match="got a training dataset without a length, expected one that can be"):
+            OscQATTrainer(model=made.model, args=made.args, train_dataset=InOrder())
+
+    @pytest.mark.parametrize(
+        ("name", "settings"), [("polynomial", {"power": 2.0}), ("cosine_with_min_lr", {"min_lr": 0.01})]
+    )
+    def test_schedules_that_ask_the_optimizer_for_its_rate(self, make_trainer, name, settings):
+        trainer = make_trainer(lr_scheduler_type=name, lr_scheduler_kwargs=settings)
+        trainer.train()
+        weights, scales = (group["lr"] for group in trainer.optimizer.param_groups)
+        assert weights == pytest.approx(1e-7 if name == "polynomial" else 0.01)
+        assert scales == trainer.args.scale_learning_rate
+
     def test_schedule_that_would_change_a_constant_rate_is_refused(self, make_trainer):
         options = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 2}
         with pytest.raises(ValueError, match="with a constant rate of the scales"):
             make_trainer(**options).train()
         make_trainer(**options, scale_lr_scheduler_type="as_weights", max_steps=2).train()
+
+
+def test_predictions_are_logits_and_have_the_metrics_of_an_evaluation(make_trainer):
+    trainer = make_trainer(max_steps=2)
+    trainer.train()
+    measured = trainer.evaluate()
+    predicted = trainer.predict(trainer.eval_dataset)
+    images = torch.stack([trainer.eval_dataset[i]["pixel_values"] for i in range(24)])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(predicted.predictions), trainer.model.eval()(images).logits)
+    for name in ("accuracy", "top5_accuracy"):
+        assert predicted.metrics[f"test_{name}"] == measured[f"eval_{name}"]
+    assert trainer.evaluate()["eval_accuracy"] == measured["eval_accuracy"]
+
+
+def test_of_weights_that_nobody_tracks_no_oscillation_is_told(make_trainer, tmp_path):
+    trainer = make_trainer({"weight_bits": 8}, max_steps=2)
+    trainer.train()
+    assert all("oscillating_percent" not in entry for entry in logged(trainer))
+    assert not (tmp_path / "run" / "oscillation.jsonl").exists()
 
 
 class WithIndex(RandomImages):
@@ -631,7 +751,7 @@ class TestStepsThatAreNotMade:
         assert not torch.equal(layer.running_mean, before)
         # The scaler's factor is not part of the norm that is logged.
         assert trainer._get_grad_norm(trainer.model) == pytest.approx(trainer._norm_of_gradients() / 4)
-        trainer._note_step_of_scaler()
+        trainer._note_step()
         assert torch.equal(layer.running_mean, before)
 
     def test_steps_that_fp16s_scaler_skips_are_counted(self, make_trainer, monkeypatch):
@@ -642,10 +762,11 @@ class TestStepsThatAreNotMade:
             type(trainer.accelerator), "optimizer_step_was_skipped", property(lambda _: skipped.pop(0))
         )
         for _ in range(6):
-            trainer._note_step_of_scaler()
+            trainer._ticked = not skipped[0]
+            trainer._note_step()
         assert trainer.skipped_steps == 5
         with pytest.raises(RuntimeError, match=r"got 4 steps in a row .* in the scaled loss, expected at most 3"):
-            trainer._note_step_of_scaler()
+            trainer._note_step()
 
 
 def test_scale_at_its_minimum_and_dead_quantizers_are_named_and_counted(make_trainer, caplog):

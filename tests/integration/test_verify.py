@@ -16,7 +16,15 @@ from hf_oscqat.hub.card import CARD, eval_results_file, write_card
 from hf_oscqat.hub.client import HubError
 from hf_oscqat.hub.push import push_folder
 from hf_oscqat.integration.data import DataArguments, load_image_data
-from hf_oscqat.integration.verify import TITLE, CannotRerunError, propose_results, read_claim, tolerance, verify
+from hf_oscqat.integration.verify import (
+    TITLE,
+    CannotRerunError,
+    claim_arguments,
+    propose_results,
+    read_claim,
+    tolerance,
+    verify,
+)
 
 REPO = "org/mbv2-w4a4-osc"
 QUIET = {"device": "cpu", "show_progress": False}
@@ -45,6 +53,15 @@ class TestTolerance:
     def test_on_a_subset_it_is_three_standard_errors(self):
         assert tolerance(0.7, 1000, False) == pytest.approx(3 * math.sqrt(0.21 / 1000))
         assert tolerance(1.0, 1000, False) == 1e-3
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_share_of_held_out_images_belongs_to_a_claim_only_if_it_was_used(held_out):
+    preparation = {"input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "center"}
+    preparation |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    args = DataArguments(train_dir="train", validation_dir="val", train_val_split=0.1)
+    claimed = claim_arguments(args, 3, preparation, held_out=held_out)
+    assert [claimed.get(key) for key in ("train_val_split", "seed")] == ([0.1, 3] if held_out else [None, None])
 
 
 class TestFolder:

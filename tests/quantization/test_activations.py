@@ -103,6 +103,11 @@ def test_what_a_hook_watches_stays_where_it_is():
     watched = {layer for _, layer in quantized_layers(model) if layer._forward_pre_hooks}
     assert watched
     assert all(layer.input_activation is None for layer in watched)
+    model = timm.create_model("mobilenetv2_035")
+    model.blocks[1][0].bn1.register_forward_hook(lambda *_: None)  # the activation is in this norm
+    prepare_qat(model, OscQATConfig())
+    assert model.blocks[1][0].conv_dw.input_activation is None
+    assert model.blocks[1][1].conv_dw.input_activation is not None
     model = timm.create_model("resnet18")
     model.layer1[0].act1.register_forward_hook(lambda *_: None)
     prepare_qat(model, OscQATConfig())

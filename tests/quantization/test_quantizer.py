@@ -222,6 +222,17 @@ class TestFreezing:
         with pytest.raises(RuntimeError, match="frozen_int"):
             target.load_state_dict(calibrated().state_dict())
 
+    @pytest.mark.parametrize(
+        ("bits", "other", "message"),
+        [(8, 4, "in torch.int16, 0 of them"), (4, 3, "in torch.int8, 1 of them outside of the grid")],
+    )
+    def test_frozen_integers_of_another_width_are_an_error(self, bits, other, message):
+        x = torch.zeros(3)
+        source, target = self.freeze(calibrated(bits), x, 1, 7), calibrated(other)
+        target.allow_freezing(x)
+        with pytest.raises(ValueError, match=message):
+            target.load_state_dict(source.state_dict())
+
     @pytest.mark.parametrize("clone", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))])
     def test_copies_keep_everything(self, clone):
         x = torch.randn(3)

@@ -418,6 +418,15 @@ class TestResume:
         with pytest.raises(ValueError, match=r"got 0\.\w+ of shape \[1, 2\], expected \[1, 1\]"):
             tracker.load_state_dict(other)
 
+    def test_state_of_another_width_is_an_error(self):
+        tracker = OscillationTracker(one_layer(0))
+        state = tracker.state_dict()
+        state["0.frozen_int"] = torch.full_like(state["0.frozen_int"], 9)
+        with pytest.raises(
+            ValueError, match=r"expected torch\.int8 in \[-8, 7\]: they are of a grid of another width"
+        ):
+            tracker.load_state_dict(state)
+
     @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
     def test_cast_of_the_model_leaves_the_statistics_in_their_dtypes(self, cast):
         model = one_layer(0)
