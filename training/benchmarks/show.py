@@ -172,11 +172,13 @@ def draw_comparison(record: Mapping[str, Any], path: Path) -> None:
         whiskers = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
         axes.barh(position, ratio["median"], color=_colour(name, row), height=0.7)
         axes.errorbar(ratio["median"], position, xerr=whiskers, color="black", linewidth=0.8, capsize=2)
-        axes.text(ratio["high"], position, f"  {ratio['median']:.2f}", va="center", fontsize=8)
+        # What others train is not always the same.
+        trains = "" if row["ours"] or name.startswith("float") else f"  {row['trains']}"
+        axes.text(ratio["high"], position, f"  {ratio['median']:.2f}{trains}", va="center", fontsize=7)
     axes.axvline(1, color="black", linewidth=0.6, linestyle=":")
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(x=0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel("time of a training step, times that of float training, eager", fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
