@@ -49,6 +49,7 @@ LICENSE_KEYS = ("license", "license_name", "license_link")
 
 _MARKS = re.compile(r"\n*<!-- made by oscqat (\{.*\}) -->[ \t]*\n?")
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)(.*)\Z", re.DOTALL)
+_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})(.*)$")
 _HEADING = re.compile(r"^##[ \t]+(.+?)[ \t]*$")
 
 
@@ -145,6 +146,38 @@ def read_metadata(card: str, place: str) -> dict[str, Any]:
         CardError: if they are no YAML mapping.
     """
     return _parse(card, place).metadata
+
+
+def check_license(card: str, license: str | None, place: str) -> None:
+    """Refuse a card that states another licence than was asked for, because a person has written it there.
+
+    Args:
+        card: its text.
+        license: what was asked for, or None.
+        place: where it is to stand, for messages.
+
+    Raises:
+        CardError: if it does.
+    """
+    metadata = read_metadata(card, place)
+    stated = metadata.get("license_name") if metadata.get("license") == "other" else metadata.get("license")
+    if license is not None and license not in (stated, metadata.get("license")):
+        raise CardError(
+            f"got licence {license!r} for {place}, whose card says {stated!r}, as a person has written: change it "
+            "there, or leave the licence out"
+        )
+
+
+def read_card(path: Path) -> str:
+    """Return the text of a card.
+
+    Raises:
+        CardError: if it is not in UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+    except UnicodeDecodeError as error:
+        raise CardError(f"got {path}, which is not in UTF-8 ({error.reason}), expected that: save it so") from error
 
 
 def with_results(card: str, values: Mapping[tuple[Any, ...], float], place: str) -> str:
@@ -269,7 +302,7 @@ def card_of(folder: Path, *, license: str | None = None, repo_id: str | None = N
                 f"run_qat.py writes it{hint}. After training of your own, trainer.push_to_hub(license=..) makes one, "
                 "and so does model.push_to_hub(.., license=..)"
             )
-        text = here.read_text(encoding="utf-8")
+        text = read_card(here)
         if not read_metadata(text, str(here)).get("license"):
             raise CardError(f"got {here} without a licence, expected `license: ..` among its metadata")
         return text
@@ -285,7 +318,7 @@ def card_of(folder: Path, *, license: str | None = None, repo_id: str | None = N
             f"got {folder / RESULTS}, from which no card can be made ({error}), expected what run_qat.py of this "
             "version wrote"
         ) from error
-    return update_card(here.read_text(encoding="utf-8"), text, str(here)) if here.is_file() else text
+    return update_card(read_card(here), text, str(here)) if here.is_file() else text
 
 
 def write_card(folder: Path, license: str | None = None) -> Path:
@@ -392,10 +425,16 @@ def _read_yaml(text: str, place: str) -> dict[str, Any]:
 
 def _split(body: str) -> dict[str, str]:
     sections: dict[str, list[str]] = {"": []}
-    heading, fenced = "", False
+    heading, fence = "", ""
     for line in body.strip("\n").split("\n"):
-        fenced ^= line.lstrip().startswith(("```", "~~~"))
-        found = None if fenced else _HEADING.match(line)
+        marker = _FENCE.match(line)
+        if fence:
+            # Closed by as many of the same or more, with nothing behind them.
+            if marker and marker[1].startswith(fence) and not marker[2].strip():
+                fence = ""
+        elif marker and not (marker[1][0] == "`" and "`" in marker[2]):
+            fence = marker[1]
+        found = None if fence else _HEADING.match(line)
         if found:
             heading = found[1]
             while heading in sections:  # a heading may stand twice

@@ -25,7 +25,9 @@ from hf_oscqat.hub.card import (
     RECIPE,
     RESULTS,
     card_of,
+    check_license,
     merge_eval_results,
+    read_card,
     read_metadata,
     update_card,
 )
@@ -38,6 +40,8 @@ ENDINGS = frozenset("csv html jpeg jpg json jsonl md png py safetensors svg txt 
 """Endings of files that are pushed; none of them is a pickle's, and files without an ending are text of some kind."""
 GENERATED = frozenset((RESULTS, RECIPE, "oscillation.png", "distances.png"))
 """Files about the weights: they go with them."""
+PROCESSOR = "preprocessor_config.json"
+"""Of another model that was there: it would win over what config.json says of preparing images."""
 CONFLICTS = (409, 412)
 """HTTP statuses of a commit whose parent is no longer the newest."""
 
@@ -130,14 +134,15 @@ def push_folder(
         private: for a repository that is made; None leaves it to the account's settings.
         create_pr: open a pull request instead of committing to the branch.
         revision: the branch, made if it does not exist; None is `main`.
-        license: for a model whose `results.json` states none.
+        license: of the model, instead of what `results.json` states.
         message: title of the commit.
 
     Returns:
         The commit, and what it changed; nothing if the same content was there.
 
     Raises:
-        ValueError: if the folder holds no whole packed checkpoint, or the card cannot be made or merged.
+        ValueError: if the folder holds no whole packed checkpoint, the card cannot be made or merged, or it states
+            another licence than `license`.
         HubError: if the Hub refuses, or does not answer.
     """
     api = HfApi(token=token)
@@ -158,9 +163,10 @@ def push_folder(
         def changes(head: str) -> dict[str, bytes | Path | None]:
             theirs = _read_card(api, repo_id, head)
             text = ours if theirs is None else update_card(theirs, ours, f"the card of {repo_id}")
+            check_license(text, license, repo_id)
             there = digests_there(api, repo_id, head)
             wanted = {**contents, CARD: text.encode(), **_eval_results(api, repo_id, head, there, contents)}
-            replaced = {path for path in there if WEIGHT_FILE.fullmatch(path) or path in GENERATED}
+            replaced = {p for p in there if WEIGHT_FILE.fullmatch(p) or p in GENERATED or p == PROCESSOR}
             return differences(there, wanted | dict.fromkeys(replaced - wanted.keys()))
 
         return commit(api, repo_id, changes, title, revision=revision, create_pr=create_pr)
@@ -372,7 +378,7 @@ def read_file(api: HfApi, repo_id: str, path: str, commit: str) -> str:
         commit: of which.
     """
     local = patiently(lambda: api.hf_hub_download(repo_id, path, revision=commit), f"reading {path} of {repo_id}")
-    return Path(local).read_text(encoding="utf-8")
+    return read_card(Path(local))
 
 
 def _digests(content: Path | bytes) -> tuple[str, str]:

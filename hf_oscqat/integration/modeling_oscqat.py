@@ -1783,6 +1783,10 @@ class OscQATTimmConfig(TimmWrapperConfig):
 
     model_type = "oscqat_timm"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; transformers would keep the `label_names` of the file that it was loaded from."""
+        return {**super().to_dict(), "label_names": [self.id2label[i] for i in range(self.num_labels)]}
+
     def __repr__(self) -> str:
         """Name the architecture; transformers asks for this on every load, and the grids of all layers take long."""
         return f"{type(self).__name__}(architecture={self.architecture!r})"
@@ -1872,7 +1876,8 @@ class _PublishedModel:
             for name, path in written.items():
                 path.replace(target / name)
             for path in target.iterdir():
-                if WEIGHT_FILE.fullmatch(path.name) and path.name not in written:
+                # Weights of a variant stand beside those without one.
+                if not kwargs.get("variant") and WEIGHT_FILE.fullmatch(path.name) and path.name not in written:
                     path.unlink()
         if push:
             names = ("token", "private", "create_pr", "revision", "license", "commit_message")
@@ -1981,7 +1986,24 @@ class PackedQuantizer(HfQuantizer):
         self.hidden_repeats = ()
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return what goes into the file, and into its header."""
+        """Return what goes into the file, and into its header.
+
+        Raises:
+            CheckpointError: if a layer is no longer what config.json says, and the file could not be loaded.
+        """
+        layers, now = getattr(self.quantization_config, "layers", None) or {}, packed_layers(model)
+        headless = ignore_head(model)
+        changed = [
+            name
+            for name, data in layers.items()
+            if not f"{name}.".startswith(headless)
+            and (name not in now or now[name].format != LayerFormat.from_dict(name, data))
+        ]
+        if changed:
+            raise CheckpointError(
+                f"got a packed model whose layers {', '.join(changed[:3])} are no longer those that were packed, "
+                "expected the same: replace layers (as reset_classifier does) before prepare_qat"
+            )
         return state_dict_without_repeats(model), header_metadata(model)
 
     def is_serializable(self) -> bool:

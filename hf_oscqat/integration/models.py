@@ -109,7 +109,7 @@ def check_classes(config: Any, class_names: Sequence[str], name: str) -> None:
     if names != labels and set(names) == set(labels):
         raise ValueError(
             f"got {name} and data with the same classes in another order ({', '.join(labels[:3])}, .. and "
-            f"{', '.join(names[:3])}, ..), expected one order: rename the folders, or id2label in its config.json"
+            f"{', '.join(names[:3])}, ..), expected one order: rename the folders, or label_names in its config.json"
         )
 
 
@@ -117,6 +117,8 @@ def _name_classes(config: Any, class_names: Sequence[str] | None) -> None:
     if class_names is not None:
         config.id2label = dict(enumerate(class_names))
         config.label2id = {name: i for i, name in enumerate(class_names)}
+        # A config that was loaded has the names of its file here, and would write those.
+        config.label_names = list(class_names)
 
 
 def _say_head(name: str, had: int, gets: int) -> None:

@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import logging
 import os
 import re
 import shlex
@@ -18,15 +19,18 @@ import timm
 import torch
 import yaml
 from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TimmWrapperModel
 
+from hf_oscqat.checkpoint import packed_layers
 from hf_oscqat.config import OscQATConfig
 from hf_oscqat.hub.card import (
     CARD,
     RECIPE,
     RESULTS,
     eval_results_file,
+    read_card,
     read_metadata,
     read_results,
     render_card,
@@ -34,10 +38,13 @@ from hf_oscqat.hub.card import (
 from hf_oscqat.hub.client import explained, patiently
 from hf_oscqat.hub.inspect import WEIGHTS
 from hf_oscqat.hub.push import Pushed, push_folder
+from hf_oscqat.integration.modeling import OscQATTimmForImageClassification
 from hf_oscqat.prepare import describe
 from hf_oscqat.quantization.packed import PackedLayer
 from hf_oscqat.remedies import REMEDIES
 from hf_oscqat.report.pictures import draw_distances, draw_oscillation
+
+logger = logging.getLogger(__name__)
 
 _SECRETIVE = re.compile("token|secret|password|api.?key", re.IGNORECASE)
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
@@ -66,7 +73,7 @@ def provenance(
     if Path(name_or_path).is_dir():
         card = Path(name_or_path, CARD)
         if card.is_file():
-            metadata = read_metadata(card.read_text(encoding="utf-8"), str(card))
+            metadata = read_metadata(read_card(card), str(card))
             base_model, stated = metadata.get("base_model"), _license_in(metadata)
     elif timm.is_model(name_or_path):
         cfg = timm.get_pretrained_cfg(name_or_path) if pretrained else None
@@ -281,8 +288,16 @@ def push_model(
         ValueError: see `push_folder`.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder, origin = Path(temporary), model.config.name_or_path
         model.save_pretrained(folder)
+        if isinstance(model, TimmWrapperModel):
+            raise ValueError(
+                "got a model without its head, as AutoModel loads it, expected one with it: config.json and card are "
+                "those of the classifier. Load it with AutoModelForImageClassification"
+            )
+        if not packed_layers(model):  # loaded by the code beside the weights, whose classes are others
+            model = OscQATTimmForImageClassification.from_pretrained(folder)
+            model.config.name_or_path = origin
         beside = _loaded_from(model, push_arguments.get("token"))
         # They belong to those weights only: not to an older revision, and not to ones that were changed since.
         if beside is not None and _same_weights(beside, folder):
@@ -297,15 +312,20 @@ def push_model(
 
 
 def _loaded_from(model: PreTrainedModel, token: str | None) -> Path | None:
-    """Return a folder with what lies beside the weights that a model was loaded from; None if it was not loaded."""
+    """Return a folder with what lies beside the weights that a model was loaded from; None if there is none."""
     origin = str(getattr(model.config, "name_or_path", None) or "")  # `pack` leaves it empty
     if not origin or Path(origin).is_dir():
         return Path(origin) if origin else None
     endpoint = HfApi().endpoint
     with explained(origin, "reading the card of", endpoint):
         patterns = [*COMPANIONS, WEIGHTS]
-        path = patiently(lambda: snapshot_download(origin, allow_patterns=patterns, token=token), f"reading {origin}")
-    return Path(path)
+        try:
+            return Path(
+                patiently(lambda: snapshot_download(origin, allow_patterns=patterns, token=token), f"reading {origin}")
+            )
+        except (RepositoryNotFoundError, HFValidationError):
+            logger.warning("%s, from which the model was loaded, is not there any more: without its card", origin)
+            return None
 
 
 def _same_weights(one: Path, other: Path) -> bool:

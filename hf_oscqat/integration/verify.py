@@ -25,6 +25,7 @@ from hf_oscqat.hub.card import (
     TASK,
     eval_results_entry,
     merge_eval_results,
+    read_card,
     read_metadata,
     with_results,
 )
@@ -299,7 +300,7 @@ def verify(
         check_classes(model.config, data.class_names, source)
     except ValueError as error:
         raise CannotRerunError(str(error)) from error
-    _check_normalisation(model, claim, source)
+    _check_preparation(model, claim, source)
     data.validation.transform = _transform(claim)
     measured = evaluate_accuracy(
         model,
@@ -441,7 +442,7 @@ def _pinned_card(source: str, revision: str | None, token: str | None) -> tuple[
             inside = Path(source, "packed", CARD)
             hint = f": you may mean {inside.parent}" if inside.is_file() else ""
             raise CannotRerunError(f"got {source} without {CARD}, expected a card that claims something{hint}")
-        return None, card.read_text(encoding="utf-8")
+        return None, read_card(card)
     check_repo_id(source)
     api = HfApi(token=token)
     with explained(source, "reading", api.endpoint):
@@ -449,7 +450,7 @@ def _pinned_card(source: str, revision: str | None, token: str | None) -> tuple[
         if CARD not in {sibling.rfilename for sibling in info.siblings or ()}:
             raise CannotRerunError(f"got {source} without {CARD}, expected a card that claims something")
         path = patiently(lambda: api.hf_hub_download(source, CARD, revision=info.sha), f"reading the card of {source}")
-    return info.sha, Path(path).read_text(encoding="utf-8")
+    return info.sha, read_card(Path(path))
 
 
 def _load_data(claim: Claim, dataset: str | None, max_samples: int | None) -> ImageData:
@@ -537,12 +538,15 @@ def _check_device(device: str | None) -> None:
         raise CannotRerunError(f"got device {device!r} on a machine with {there}, expected one that it has")
 
 
-def _check_normalisation(model: nn.Module, claim: Claim, source: str) -> None:
+def _check_preparation(model: nn.Module, claim: Claim, source: str) -> None:
     """Refuse a card that says otherwise than config.json, which the image processor of the model goes by."""
     config: Any = model.config
-    for name in ("mean", "std"):
-        has = list((config.pretrained_cfg or {}).get(name) or ())
-        if has != list(claim.arguments[name]):
+    for name in PREPARATION:
+        has, claimed = (
+            list(value) if isinstance(value, list | tuple) else value
+            for value in ((config.pretrained_cfg or {}).get(name), claim.arguments[name])
+        )
+        if has != claimed:
             raise CannotRerunError(
                 f"the card of {source} was measured with {name} {claim.arguments[name]}, and its config.json has "
                 f"{has}: one of the two was changed"

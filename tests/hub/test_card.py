@@ -373,6 +373,15 @@ class TestEdits:
         old = render_card(results).replace("## Scheme", "## Notes\n\n```\n## Results\n```\n\n## Scheme")
         assert update_card(old, render_card(results)).count("## Results") == 2
 
+    @pytest.mark.parametrize("code", ["```pip install x```", "````\n```\n## Results\n````", "~~~\n```\n~~~"])
+    def test_code_ends_where_it_does_in_markdown(self, results, code):
+        old = render_card(results).replace("## Scheme", f"{code}\n\n## Scheme", 1)
+        results["accuracy"]["packed"]["accuracy"] = 0.777
+        new = update_card(old, render_card(results))
+        assert code in new
+        assert "77.70%" in new
+        assert "## Scheme" in new
+
     def test_broken_mark_takes_all_for_edited(self, results, caplog):
         old = render_card(results)
         broken = re.sub(r"made by oscqat \{", 'made by oscqat {"x":1,', old)

@@ -2,18 +2,22 @@
 
 import json
 import pickle
+import shutil
 import zipfile
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
-from transformers import AutoModelForImageClassification
+from transformers import AutoModel, AutoModelForImageClassification
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_oscqat import OscQATConfig, calibrate, pack, prepare_qat
+from hf_oscqat.checkpoint import packed_layers
 from hf_oscqat.hub.card import CARD, CardError
 from hf_oscqat.hub.client import HubError
 from hf_oscqat.hub.push import check_push, is_pickle, push_folder
+from hf_oscqat.integration import modeling_oscqat
 
 REPO = "org/mbv2-w4a4-osc"
 FILES = {
@@ -63,6 +67,35 @@ class TestOneCommit:
         )
         push_folder(folder, REPO)
         assert hub.files(REPO).keys() == FILES | {"a.txt"}
+
+    def test_processor_of_another_model_goes(self, hub, folder):
+        hub.create(REPO, {"preprocessor_config.json": b'{"image_processor_type": "ViTImageProcessor"}'})
+        push_folder(folder, REPO)
+        assert hub.files(REPO).keys() == FILES
+        (folder / "preprocessor_config.json").write_text("{}")
+        push_folder(folder, REPO)
+        assert hub.files(REPO)["preprocessor_config.json"] == b"{}"
+
+    @pytest.mark.parametrize("theirs", ["license: apache-2.0", "license: other\nlicense_name: mine"])
+    def test_licence_that_a_person_has_written_there_is_not_passed_over(self, hub, folder, theirs):
+        hub.create(REPO, {CARD: f"---\n{theirs}\n---\n".encode()})
+        with pytest.raises(CardError, match=r"got licence 'mit' for .*, whose card says '(apache-2.0|mine)'"):
+            push_folder(folder, REPO, license="mit")
+        assert hub.files(REPO).keys() == {CARD}
+        push_folder(folder, REPO, license="apache-2.0" if "apache" in theirs else "mine")
+        assert theirs in hub.files(REPO)[CARD].decode()
+
+    def test_card_that_begins_with_a_mark_keeps_its_metadata(self, hub, folder):
+        hub.create(REPO, {CARD: b"\xef\xbb\xbf---\nlicense: gpl-3.0\ntags: [mine]\n---\nText.\n"})
+        push_folder(folder, REPO)
+        data = ModelCard(hub.files(REPO)[CARD].decode()).data
+        assert data.license == "gpl-3.0"
+        assert "mine" in data.tags
+
+    def test_card_in_another_encoding_is_an_error_that_names_it(self, hub, folder):
+        (folder / CARD).write_bytes("---\nlicense: mit\n---\nGrüße".encode("latin-1"))
+        with pytest.raises(CardError, match=r"README.md, which is not in UTF-8"):
+            push_folder(folder, REPO)
 
     def test_weights_in_folders_of_the_repository_stay(self, hub, folder):
         others = {"float/model.safetensors": b"float", "ema.safetensors": b"ema"}
@@ -401,6 +434,39 @@ class TestModel:
             model.push_to_hub(REPO)
         model.push_to_hub(REPO, license="mit")
         assert "was not measured" in hub.files(REPO)[CARD].decode()
+
+    def test_from_a_folder_that_is_gone_needs_a_licence_again(self, hub, folder, tmp_path, caplog):
+        shutil.copytree(folder, tmp_path / "gone")
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "gone")
+        shutil.rmtree(tmp_path / "gone")
+        with pytest.raises(CardError, match="got no licence"):
+            model.push_to_hub(REPO)
+        assert "is not there any more" in caplog.text
+        model.push_to_hub(REPO, license="mit")
+        assert "was not measured" in hub.files(REPO)[CARD].decode()
+
+    def test_without_its_head_is_refused(self, hub, folder):
+        with pytest.raises(ValueError, match="got a model without its head"):
+            AutoModel.from_pretrained(folder).push_to_hub(REPO, license="mit")
+
+    def test_loaded_by_the_code_beside_it_has_the_same_card(self, hub, folder, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setitem(AUTO_QUANTIZER_MAPPING, "oscqat", modeling_oscqat.PackedQuantizer)
+            patch.setitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "oscqat", modeling_oscqat.PackedConfig)
+            model = modeling_oscqat.OscQATTimmForImageClassification.from_pretrained(folder)
+        assert not packed_layers(model)
+        model.push_to_hub(REPO)
+        assert_is(hub, folder)
+        for name in (CARD, "results.json"):
+            (folder / name).unlink()
+        model.push_to_hub("org/plain", license="mit")
+        package = AutoModelForImageClassification.from_pretrained(folder)
+        package.push_to_hub("org/other", license="mit")
+        plain, other = (
+            hub.files(name)[CARD].decode().partition("<!-- made by")[0] for name in ("org/plain", "org/other")
+        )
+        assert plain.replace("plain", "other") == other
+        assert "times smaller" in plain
 
     def test_loaded_from_one_repository_goes_to_another_with_its_card(self, hub, folder):
         push_folder(folder, REPO)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TimmWrapperForImageClassification
 
 from hf_oscqat import (
+    CheckpointError,
     OscillationTracker,
     OscQATConfig,
     OscQATTimmForImageClassification,
@@ -44,6 +45,20 @@ def test_what_is_around_a_model_is_left_behind(make_prepared_wrapper, pixel_valu
     packed.save_pretrained(tmp_path)
     loaded = type(packed).from_pretrained(tmp_path)
     assert torch.equal(loaded(pixel_values).logits, model(pixel_values).logits)
+
+
+def test_packed_model_whose_layer_was_replaced_is_not_saved(make_prepared_wrapper, tmp_path):
+    packed = pack(make_prepared_wrapper())
+    packed.timm_model.reset_classifier(7)
+    with pytest.raises(CheckpointError, match=r"layers timm_model.classifier are no longer those that were packed"):
+        packed.save_pretrained(tmp_path)
+
+
+def test_variant_is_saved_beside_the_weights(make_prepared_wrapper, tmp_path):
+    packed = pack(make_prepared_wrapper())
+    packed.save_pretrained(tmp_path)
+    packed.save_pretrained(tmp_path, variant="ema")
+    assert {"model.safetensors", "model.ema.safetensors"} <= {path.name for path in tmp_path.iterdir()}
 
 
 class TestEqualOutputs:

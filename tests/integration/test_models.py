@@ -79,6 +79,21 @@ def test_weights_of_a_file_are_loaded_and_the_file_is_forgotten(tmp_path):
     assert model.config.model_args == {"drop_rate": 0.1}
 
 
+@pytest.mark.parametrize("names", [["cat", "dog", "fish"], ["cat", "dog"]])
+def test_classes_of_the_data_are_named_and_not_those_of_the_file(tmp_path, names):
+    timm_wrapper("test_efficientnet", ["a", "b", "c"]).save_pretrained(tmp_path / "float")
+    model = timm_wrapper(str(tmp_path / "float"), names)
+    calibrate(prepare_qat(model, OscQATConfig()), [torch.randn(2, 3, 32, 32)])
+    for form, saved in (("qat", model), ("packed", pack(model))):
+        saved.save_pretrained(tmp_path / form)
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / form)
+        assert loaded.config.id2label == dict(enumerate(names))
+    loaded.config.id2label = {i: name.upper() for i, name in enumerate(names)}
+    loaded.save_pretrained(tmp_path / "renamed")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "renamed")
+    assert list(again.config.id2label.values()) == [name.upper() for name in names]
+
+
 def test_the_same_classes_in_another_order_are_refused(tmp_path):
     timm_wrapper("test_efficientnet", ["cat", "dog"]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="the same classes in another order"):

@@ -79,7 +79,11 @@ class TestFolder:
         assert result.differences["accuracy"] == pytest.approx(-0.04)
 
     def test_other_preparation_is_another_measurement(self, folder):
-        claim_otherwise(folder, input_size=[3, 8, 8], interpolation="nearest")
+        other = {"input_size": [3, 8, 8], "interpolation": "nearest"}
+        claim_otherwise(folder, **other)
+        config = json.loads((folder / "config.json").read_text())
+        config["pretrained_cfg"] |= other
+        (folder / "config.json").write_text(json.dumps(config))
         assert verify(str(folder), **QUIET).differences != {"accuracy": 0.0, "top_5_accuracy": 0.0}
 
     def test_subset_is_drawn_and_allows_for_chance(self, folder):
@@ -172,6 +176,14 @@ class TestUntrustedCards:
     def test_results_of_another_form(self, folder, index):
         (folder / CARD).write_text(f"---\nmodel-index: {index}\n---\n")
         with pytest.raises(ValueError, match="cannot be read"):
+            verify(str(folder), **QUIET)
+
+    @pytest.mark.parametrize("other", [{"crop_pct": 0.3}, {"input_size": [3, 64, 64]}, {"interpolation": "nearest"}])
+    def test_other_preparation_than_that_of_the_model(self, folder, other):
+        config = json.loads((folder / "config.json").read_text())
+        config["pretrained_cfg"] |= other
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CannotRerunError, match=f"was measured with {next(iter(other))} .*one of the two was"):
             verify(str(folder), **QUIET)
 
     def test_other_normalisation_than_that_of_the_model(self, folder):
