@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = "model_card.md.jinja"
 CARD, RESULTS, RECIPE, EVAL_RESULTS = "README.md", "results.json", "recipe.yaml", ".eval_results"
+WEIGHTS = "model.safetensors"
 TASK = "image-classification"
 OURS = "hf_oscqat: "
 """What the notes of our entries in `.eval_results/` begin with."""
@@ -306,6 +307,12 @@ def card_of(folder: Path, *, license: str | None = None, repo_id: str | None = N
         if not read_metadata(text, str(here)).get("license"):
             raise CardError(f"got {here} without a licence, expected `license: ..` among its metadata")
         return text
+    weights, measured = folder / WEIGHTS, results.get("weights_sha256")
+    if measured and weights.is_file() and hashlib.sha256(weights.read_bytes()).hexdigest() != measured:
+        raise CardError(
+            f"got {weights}, which are not the weights that {RESULTS} beside them is about: remove {RESULTS} and "
+            f"{CARD} and push the model with model.push_to_hub(.., license=..), or run the training again"
+        )
     if repo_id is not None:
         results["model"] |= {"name": repo_id.rpartition("/")[2], "path": repo_id}
     results["model"].setdefault("license_inherited", False)  # not said by the first version

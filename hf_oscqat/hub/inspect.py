@@ -16,13 +16,14 @@ from torch import nn
 
 from hf_oscqat.checkpoint import FORMAT_VERSION, METADATA_KEY, CheckpointError
 from hf_oscqat.config import OscQATConfig
+from hf_oscqat.hub.card import WEIGHTS
 from hf_oscqat.hub.client import check_repo_id, explained, patiently
 from hf_oscqat.hub.safetensors_file import File, LocalFile, TensorEntry, read_header, read_tensors
 from hf_oscqat.prepare import LayerDescription, describe, insert_quantizers
 from hf_oscqat.quantization.packed import FormatError, GridFormat, LayerFormat
 from hf_oscqat.quantization.packing import packed_width, unpack_bits
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 def inspect_timm(name: str, config: OscQATConfig) -> list[LayerDescription]:

@@ -1,6 +1,7 @@
 """What a packed checkpoint is published with: results, card, pictures, recipe; and where its licence comes from."""
 
 import filecmp
+import hashlib
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from hf_oscqat.hub.card import (
     CARD,
     RECIPE,
     RESULTS,
+    WEIGHTS,
     eval_results_file,
     read_card,
     read_metadata,
@@ -36,7 +38,6 @@ from hf_oscqat.hub.card import (
     render_card,
 )
 from hf_oscqat.hub.client import explained, patiently
-from hf_oscqat.hub.inspect import WEIGHTS
 from hf_oscqat.hub.push import Pushed, push_folder
 from hf_oscqat.integration.modeling import OscQATTimmForImageClassification
 from hf_oscqat.prepare import describe
@@ -258,6 +259,9 @@ def write_companions(
             draw_distances(*distances, folder / "distances.png")
     if recipe is not None:
         (folder / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    weights = folder / WEIGHTS
+    if weights.is_file():  # which weights these numbers are about
+        results = {**results, "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
     (folder / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (folder / CARD).write_text(render_card(results), encoding="utf-8")
     listed = eval_results_file(results)

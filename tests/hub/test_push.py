@@ -435,6 +435,14 @@ class TestModel:
         model.push_to_hub(REPO, license="mit")
         assert "was not measured" in hub.files(REPO)[CARD].decode()
 
+    def test_other_weights_saved_beside_old_results_are_not_pushed_with_them(self, hub, folder):
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        with torch.no_grad():
+            model.timm_model.bn1.weight.mul_(2)
+        model.save_pretrained(folder)
+        with pytest.raises(CardError, match=r"which are not the weights that results.json beside them is about"):
+            push_folder(folder, REPO)
+
     def test_from_a_folder_that_is_gone_needs_a_licence_again(self, hub, folder, tmp_path, caplog):
         shutil.copytree(folder, tmp_path / "gone")
         model = AutoModelForImageClassification.from_pretrained(tmp_path / "gone")
