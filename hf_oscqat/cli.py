@@ -209,7 +209,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.open_pr:
         pushed = verify.propose_results(result)
         said = "the card has these values already" if pushed is None else f"pull request: {pushed.url}"
-        console.print(said, highlight=False, soft_wrap=True)
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
     console.out(f"--result\n{record}", highlight=False)
     return 0 if result.reproduced else 1
 
@@ -227,21 +227,23 @@ def _push(args: argparse.Namespace) -> int:
         message=args.message,
     )
     said = f"{len(pushed.changed)} files in commit {pushed.commit}" if pushed.changed else "all of it is there already"
-    Console().print(f"{pushed.url}: {said}", highlight=False, soft_wrap=True)
+    Console().print(f"{pushed.url}: {said}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
 def _card(args: argparse.Namespace) -> int:
     from hf_oscqat.hub.card import write_card
 
-    Console().print(write_card(Path(args.folder), args.license), highlight=False, soft_wrap=True)
+    Console().print(write_card(Path(args.folder), args.license), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
 def _report(args: argparse.Namespace) -> int:
     from hf_oscqat.report.page import write_report
 
-    Console().print(str(write_report(args.run_dirs, args.output, args.steps)), highlight=False, soft_wrap=True)
+    Console().print(
+        str(write_report(args.run_dirs, args.output, args.steps)), highlight=False, markup=False, soft_wrap=True
+    )
     return 0
 
 

@@ -680,12 +680,12 @@ class OscQATTrainer(ImageTrainer):
 
     def _tick(self, *_: Any) -> None:
         self._ticked = True
+        if self.tracker is not None and not self._gradient_dropped:
+            take_tick(self.tracker, self.remedies, self.step, self.state.max_steps)
+        if self._recording is not None:  # which watches weights in steps that follow each other
+            self._recording.tick(self.step)
         if self._gradient_dropped:  # without a gradient the optimizer does nothing either
             return
-        if self.tracker is not None:
-            take_tick(self.tracker, self.remedies, self.step, self.state.max_steps)
-        if self._recording is not None:
-            self._recording.tick(self.step)
         every = self.args.compare_ranks_steps
         if self.args.world_size > 1 and every > 0 and self.step % every == 0:
             compare_ranks(self.model, self.step)

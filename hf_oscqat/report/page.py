@@ -146,7 +146,8 @@ def _summary(recordings: Sequence[Recording]) -> list[tuple[str, list[str]]]:
 
 
 def _sections(recordings: Sequence[Recording], labels: list[str], steps: Sequence[int] | None) -> list[Section]:
-    last_step = max(int(recording.steps[-1]) for recording in recordings)
+    # More is logged than recorded, also after the last recording of a run that goes on.
+    last_step = max(max(int(recording.steps[-1]), 0, *recording.log) for recording in recordings)
     chosen = [_nearest(recording, steps) for recording in recordings]
     highest = max(r.histogram(i).max() for r, those in zip(recordings, chosen, strict=True) for i in those)
 
@@ -385,9 +386,9 @@ def _columns(recordings: Sequence[Recording]) -> list[Column]:
         Column("Depth", [(str(i), i) for i in range(1, len(layers) + 1)]),
         Column("Layer", [(name, name) for name in layers], is_number=False),
         Column("Shape", [(" x ".join(map(str, la.shape)), la.num_weights) for la in layers.values()]),
-        Column("Bits", [(str(la.bits), la.bits) for la in layers.values()]),
     ]
     measures: list[tuple[str, Callable[[Recording], dict[str, float]], str]] = [
+        ("Bits", lambda r: {layer.name: layer.bits for layer in r.layers}, ".0f"),
         ("Oscillating, end, %", lambda r: _by_layer(r, 100 * r.oscillating[-1]), ".2f"),
         ("Oscillating, peak, %", lambda r: _by_layer(r, 100 * r.oscillating.max(0)), ".2f"),
         ("Frozen, end, %", lambda r: _by_layer(r, 100 * r.frozen[-1]), ".2f"),

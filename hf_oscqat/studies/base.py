@@ -117,9 +117,11 @@ def show(study: Study, result: StudyResult, files: list[Path], console: Console 
         name = " ".join(takewhile(lambda value: isinstance(value, str), row.values()))
         for column in below:
             if row[column]:
-                console.print(f"{name}: {column.replace('_', ' ')}: {row[column]}", soft_wrap=True, highlight=False)
-    console.print(result.finding)
-    console.print(f"[dim]{study.source}. Written: {', '.join(map(str, files))}[/dim]", soft_wrap=True)
+                text = f"{name}: {column.replace('_', ' ')}: {row[column]}"
+                console.print(text, soft_wrap=True, highlight=False, markup=False)
+    console.print(result.finding, markup=False)
+    written = f"{study.source}. Written: {', '.join(map(str, files))}"
+    console.print(written, style="dim", markup=False, soft_wrap=True)
 
 
 def _unbroken(cell: str) -> list[str]:

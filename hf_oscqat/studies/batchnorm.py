@@ -93,6 +93,7 @@ def run_divergence(settings: BatchNormSettings) -> StudyResult:
             "mean_kl_at_8_bits": at_8_bits[name].mean().item(),
         }
         for name, values in on_grid.items()
+        if values.numel()  # of a norm whose channels are all constant there is nothing to tell
     ]
     means = _by_kind(rows, "mean_kl")
     control = _by_kind(rows, "mean_kl_at_8_bits")

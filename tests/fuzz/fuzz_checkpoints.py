@@ -303,7 +303,7 @@ def try_one(original: Path, folder: Path, seed: int, images: torch.Tensor, expec
     chance = np.random.default_rng(seed)
     damage = DAMAGES[int(chance.integers(len(DAMAGES)))]
     what = f"{damage.__name__}: {damage(folder, chance)}"
-    memory, began = _peak_megabytes(), time.monotonic()
+    memory, began = _peak_megabytes(), time.process_time()
     try:
         model = AutoModelForImageClassification.from_pretrained(folder)
         with torch.no_grad():
@@ -319,7 +319,7 @@ def try_one(original: Path, folder: Path, seed: int, images: torch.Tensor, expec
     except Exception as error:  # what this looks for
         outcome = f"unexpected: {type(error).__name__}"
         what += f" -> {error}"
-    seconds, megabytes = time.monotonic() - began, _peak_megabytes() - memory
+    seconds, megabytes = time.process_time() - began, _peak_megabytes() - memory
     if seconds > SECONDS or megabytes > MEGABYTES:
         outcome = f"unexpected: {seconds:.1f} s and {megabytes:.0f} MB"
     return outcome, what

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_oscqat.integration.publish import command_line, commit_of_code, float_bytes
+from hf_oscqat.integration.publish import command_line, commit_of_code, float_bytes, oscillation_facts
 
 SECRET = "hf_" + "a" * 30
 
@@ -30,6 +30,13 @@ def test_command_shows_no_secret(argv):
 def test_stored_token_is_a_secret_too(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "stored")
     assert command_line(["a", "stored"]) == "a '***'"
+
+
+def test_oscillation_is_told_by_start_peak_and_end():
+    log = [{"loss": 1.0}]
+    log += [{"oscillating_percent": o, "frozen_percent": f} for o, f in ((1.0, 0.0), (5.0, 0.5), (2.0, 3.0))]
+    assert oscillation_facts(log) == {"start": 1.0, "peak": 5.0, "end": 2.0, "frozen": 3.0}
+    assert oscillation_facts(log[:1]) is None
 
 
 def test_command_is_quoted_for_a_shell():

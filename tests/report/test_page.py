@@ -92,15 +92,44 @@ def test_anchors_lead_somewhere_and_ids_are_unique(which, request):
     assert set(used) <= set(ids)
 
 
+def columns_of(path):
+    """The table of layers, as its cells by the words above them."""
+    table = re.search(r'<table id="table">.*?</table>', path.read_text(encoding="utf-8"), flags=re.DOTALL).group()
+    rows = re.findall(r"<tr>(.*?)</tr>", table, flags=re.DOTALL)
+    head, *cells = [
+        [re.sub(r"<[^>]*>", "", c).strip() for c in re.findall(r"<t[dh].*?>(.*?)</t[dh]>", row, flags=re.DOTALL)]
+        for row in rows
+    ]
+    return dict(zip(head, zip(*cells, strict=True), strict=True))
+
+
+def assert_shows(columns, recording, run=""):
+    """Columns hold what was recorded of a run."""
+    for name, values in (
+        ("Bits", [layer.bits for layer in recording.layers]),
+        ("Oscillating, end, %", 100 * recording.oscillating[-1]),
+        ("Oscillating, peak, %", 100 * recording.oscillating.max(0)),
+        ("Frozen, end, %", 100 * recording.frozen[-1]),
+        ("Weight scale, end / start", recording.weight_scale[-1] / recording.weight_scale[0]),
+        ("Batch-norm KL before", recording.batchnorm[200][0]),
+        ("Batch-norm KL after", recording.batchnorm[200][1]),
+    ):
+        shown = [float(cell) for cell in columns[f"{run}{name}"]]
+        assert shown == pytest.approx(list(values), rel=1e-2, abs=6e-3), name
+
+
 def test_table_has_a_row_for_each_layer_with_what_was_recorded(one):
-    recording = read_recording(one.parent.parent)
-    text = one.read_text(encoding="utf-8")
-    table = re.search(r'<table id="table">.*?</table>', text, flags=re.DOTALL).group()
-    rows = re.findall(r"<tr>(.*?)</tr>", table, flags=re.DOTALL)[1:]
-    cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
-    assert [row[1] for row in cells] == [layer.name for layer in recording.layers]
-    assert [float(row[4]) for row in cells] == pytest.approx((100 * recording.oscillating[-1]).round(2).tolist())
-    assert [float(row[8]) for row in cells] == pytest.approx(recording.batchnorm[200][0].tolist(), rel=1e-2)
+    recording, columns = read_recording(one.parent.parent), columns_of(one)
+    assert columns["Layer"] == tuple(layer.name for layer in recording.layers)
+    assert_shows(columns, recording)
+
+
+def test_table_of_two_runs_has_what_was_recorded_of_each(two):
+    folder, columns = two.parent.parent.parent, columns_of(two)
+    recordings = [read_recording(folder / name) for name in ("freeze", "lsq")]
+    assert not np.allclose(recordings[0].oscillating[-1], recordings[1].oscillating[-1])
+    for run, recording in zip(("A: ", "B: "), recordings, strict=True):
+        assert_shows(columns, recording, run)
 
 
 def test_two_runs_stand_side_by_side(two):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_oscqat import reestimate_batchnorm
 from hf_oscqat.integration.data import DataArguments
 from hf_oscqat.studies import cifar10, small_images
 from hf_oscqat.studies.base import show, write
@@ -67,12 +68,50 @@ def test_the_same_cell_again_measures_the_same(half_done):
     run(Cifar10Settings(**SMOKE, output_dir=str(folder), methods=["freezing"], seeds=[0], again=True))
     second = json.loads(file.read_text())
     assert first.pop("seconds") != second.pop("seconds")
+    assert first.pop("date") <= second.pop("date")
     assert first == second
     assert first["steps"] == 2 * (64 // 16)
     assert first["images"] == 40
     assert len(first["after_other_draws"]) == 4
     assert all(0 < after <= 100 for after in first["after_other_draws"])
     assert first["history"][-1]["frozen_percent"] == first["frozen_percent"] > 0
+
+
+def test_accuracy_is_the_share_of_images_whose_class_has_the_largest_logit():
+    class Answers(torch.nn.Module):
+        def forward(self, pixels):
+            return torch.tensor([[3.0, 2, 1], [1, 2, 3], [1, 3, 2], [2, 1, 3]])[pixels.flatten().long()]
+
+    images = Images(torch.tensor([0, 1, 2, 3, 1]).view(5, 1, 1, 1), torch.tensor([0, 0, 1, 2, 2]))
+    assert small_images.accuracy(Answers(), images, lambda pixels: pixels, batch_size=2) == pytest.approx(80)
+
+
+def test_trials_see_held_out_images_and_cells_the_best_trial_and_test_images(half_done, monkeypatch):
+    table = Table(Cifar10Settings(**SMOKE, output_dir=str(half_done[0])))
+    cell = Cell("test_efficientnet", "W3A3", "freezing", 1)
+    asked = []
+    monkeypatch.setattr(table, "measure", lambda *args: asked.append(args) or {})
+    table._try(("test_efficientnet", "W3A3", "freezing"), Trial(0.3, 0.1))
+    table._train(cell)
+    (tried, trial, epochs, images), (trained, best, all_epochs, tested, draws) = asked
+    assert (tried.seed, trial, epochs) == (0, Trial(0.3, 0.1), table.budget.tuning_epochs)
+    assert images is table.images.held_out
+    trials = {Trial(t["learning_rate"], t["strength"]): t["after"] for t in table.trials(cell)}
+    assert trials[best] == max(trials.values())
+    assert (trained, all_epochs, draws) == (cell, table.budget.epochs, cifar10.DRAWS)
+    assert tested is table.images.test
+
+
+def test_before_and_after_are_those_of_reestimation(half_done):
+    table = Table(Cifar10Settings(**SMOKE, output_dir=str(half_done[0])))
+    cell, trial = Cell("test_efficientnet", "W3A3", "lsq", 0), Trial(0.1)
+    measured = table.measure(cell, trial, 1, table.images.test, draws=2)
+    model, _ = table.train(cell, trial, 1)
+    found = [small_images.accuracy(model, table.images.test, table.images.normalise)]
+    for draw in range(2):
+        reestimate_batchnorm(model, table.some_batches(table.budget.reestimation_batches, seed=draw))
+        found.append(small_images.accuracy(model, table.images.test, table.images.normalise))
+    assert [measured["before"], measured["after"], *measured["after_other_draws"]] == found
 
 
 @pytest.mark.parametrize("schedule", ["constant", "as_weights"])
@@ -231,11 +270,15 @@ def test_the_documented_table_is_made_of_its_cells():
         assert row["missing_seeds"] in text
         if row["seeds"]:
             cells = (row["oscillating_percent"], row["scale_caused_percent"], row["frozen_percent"], row["seconds"])
-            assert f"| {row['before']} | {row['after']} |" in text.replace("**", "")
-            assert f"| {' | '.join(cells)} |" in text
-            assert row["missing_seeds"] or f"| {row['before']} | {row['after']} |" in readme
+            name = {"lsq": "LSQ"}.get(row["method"], f"LSQ, {row['method']}")
+            line = " | ".join((name, row["before"], row["after"], *cells))
+            assert f"| {line} |" in text.replace("**", "")
         for trial in filter(None, row["trials"].split("; ")):
             assert f"| {trial.rstrip('*')} |" in text.replace("**", "")
+    for network, width in dict.fromkeys((row["network"], row["width"]) for row in result.rows):
+        rows = {r["method"]: r for r in result.rows if (r["network"], r["width"]) == (network, width)}
+        line = " | ".join(f"{rows[method]['before']} | {rows[method]['after']}" for method in METHODS)
+        assert f"| {network[9:11].upper()}, {width} | {line} |" in readme
     with (DOCS / "studies" / "cifar10" / "cifar10.csv").open(newline="", encoding="utf-8") as file:
         assert list(csv.DictReader(file)) == [{key: str(value) for key, value in row.items()} for row in result.rows]
     record = json.loads((DOCS / "studies" / "cifar10" / "cifar10.json").read_text(encoding="utf-8"))

@@ -27,6 +27,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     try:
         from rich import box
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
     except ImportError:
         widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
@@ -39,7 +40,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         left = i in (0, len(columns) - 1)
         table.add_column(column, justify="left" if left else "right", no_wrap=i < len(columns) - 1)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # a reason may have anything in brackets
     console = Console()
     # Not a terminal means a file, which has no width that a table would have to be cut to.
     Console(width=console.width if console.is_terminal else 160).print(table)
