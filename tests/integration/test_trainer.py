@@ -712,6 +712,14 @@ class TestStepsThatAreNotMade:
         assert any("step 2 is not made: its gradient is not finite in" in message for message in caplog.messages)
         assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
+    def test_recording_goes_to_the_end_also_where_the_last_step_is_one(self, make_trainer, tmp_path):
+        trainer = make_trainer(max_steps=6, train_sampling_strategy="sequential", record_steps=2)
+        trainer.train_dataset = SomeNotFinite({21})  # in the sixth batch
+        trainer.train()
+        assert trainer.skipped_steps == 1
+        rows = map(json.loads, (tmp_path / "run" / "oscillation.jsonl").read_text().splitlines())
+        assert max(row["step"] for row in rows if row["row"] == "step") == 6
+
     def test_large_gradients_of_which_the_norm_overflows_are_no_reason_for_nan(self, make_trainer):
         trainer = make_trainer(max_steps=1)
         trainer.create_optimizer()
