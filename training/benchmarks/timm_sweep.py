@@ -4,7 +4,7 @@
 
 All names are prepared on the meta device, without weights. With `--families`, the smallest architecture of each family
 goes the whole way with random weights: quantizers that let everything pass give the float model's output exactly; then
-calibration, a training step with a gradient at every latent weight and scale, a tick that freezes, packing, saving,
+calibration, a training step with a gradient at every latent weight and scale, two ticks, packing, saving,
 loading with `AutoModelForImageClassification`, and the same logits. What is in the JSON file already is not tried
 again.
 """
@@ -176,7 +176,7 @@ def to_markdown(results: dict[str, Any]) -> str:
         f"Of {len(names)} architectures, {len(names) - len(refused)} are prepared, {len(partly)} of them with a layer "
         f"that stays float, and {len(refused)} are refused with the reason. Of {len(families)} families, the smallest "
         f"architecture of {len(done)} goes the whole way: float passthrough equal to the original (difference 0), "
-        "calibration, a training step with a gradient at every latent weight and scale, a tick that freezes, packing, "
+        "calibration, a training step with a gradient at every latent weight and scale, two ticks of the tracker, packing, "
         "saving, loading with `AutoModelForImageClassification`, equal logits.",
         "",
         "Quantized are weights and inputs of layers. What two activations compute together stays float: queries with "
