@@ -176,8 +176,8 @@ def to_markdown(results: dict[str, Any]) -> str:
         f"Of {len(names)} architectures, {len(names) - len(refused)} are prepared, {len(partly)} of them with a layer "
         f"that stays float, and {len(refused)} are refused with the reason. Of {len(families)} families, the smallest "
         f"architecture of {len(done)} goes the whole way: float passthrough equal to the original (difference 0), "
-        "calibration, a training step with a gradient at every latent weight and scale, two ticks of the tracker, packing, "
-        "saving, loading with `AutoModelForImageClassification`, equal logits.",
+        "calibration, a training step with a gradient at every latent weight and scale, two ticks of the tracker, "
+        "packing, saving, loading with `AutoModelForImageClassification`, equal logits.",
         "",
         "Quantized are weights and inputs of layers. What two activations compute together stays float: queries with "
         "keys and softmax with values in attention, fused or not, sums and gates. So do activation functions, "
