@@ -11,6 +11,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
@@ -1127,6 +1128,96 @@ def _shifts(like: Tensor, count: int, step: int) -> Tensor:
     return torch.arange(0, count * step, step, dtype=like.dtype, device=like.device)
 
 
+# --- hf_oscqat.quantization.norms
+class DeferredNorm(nn.Module):
+    """Mixin of a batch-norm between two layers that leaves its work to the second one, where nobody can tell.
+
+    That is on a CPU, without gradients, and with no hook to look at what passes. Otherwise it does what it always did.
+
+    Attributes:
+        around: the layer before it, whose output is written over, and the one behind it.
+    """
+
+    around: tuple[nn.Module, nn.Module]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise, or hand on what came with a note of who is to normalise it."""
+        if not self._is_deferred(x):
+            return super().forward(x)
+        x.deferred_norm = self  # type: ignore[attr-defined]
+        return x
+
+    def _is_deferred(self, x: Tensor) -> bool:
+        before, behind = self.around
+        watched = before._forward_hooks or self._forward_pre_hooks or self._forward_hooks or behind._forward_pre_hooks
+        # The activation may have been taken out of the layer again, into this norm.
+        if self.training or watched or behind.input_activation is None:
+            return False
+        return not torch.is_grad_enabled() and not is_traced(x) and _is_plain(x)
+
+    def parts(self, x: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield parts of `x`, of about `count` values, each a view, and what it is when normalised, in new memory.
+
+        Args:
+            x: `[N, C, H, W]`, dense in one of torch's two layouts.
+            count: how many values.
+        """
+        norm = cast(nn.BatchNorm2d, self)
+        per_channel = cast(tuple[Tensor, ...], (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+        channels, size = x.shape[1], x.shape[2] * x.shape[3]
+        if not x.is_contiguous():
+            for rows in x.permute(0, 2, 3, 1).view(-1, channels).split(max(1, count // channels)):
+                part = rows.t()[None, :, :, None]
+                yield part, self._normalised(part, *per_channel)
+            return
+        for images in x.split(max(1, count // (channels * size))):
+            # Some channels of several images would not be dense.
+            width = channels if len(images) > 1 else max(1, count // size)
+            for part, *own in zip(images.split(width, 1), *(p.split(width) for p in per_channel), strict=True):
+                yield part, self._normalised(part, *own)
+
+    def _normalised(self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        eps = cast(nn.BatchNorm2d, self).eps
+        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
+
+
+def _is_plain(x: Tensor) -> bool:
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4 and x.numel() > 0 and dense
+
+
+class DeferredBatchNorm2d(DeferredNorm, nn.BatchNorm2d):
+    """Torch's batch-norm; see `DeferredNorm`."""
+
+
+class DeferredBatchNormAct2d(DeferredNorm, BatchNormAct2d):
+    """timm's batch-norm with an activation, which must be folded into the layer behind; see `DeferredNorm`."""
+
+
+_DEFERRED: dict[type[nn.Module], type[DeferredNorm]] = {
+    nn.BatchNorm2d: DeferredBatchNorm2d,
+    BatchNormAct2d: DeferredBatchNormAct2d,
+}
+
+
+def defer_norm(before: nn.Module, norm: nn.Module, behind: nn.Module) -> None:
+    """Let the packed layer behind a norm compute it, in place; a norm of another kind stays as it is.
+
+    Args:
+        before: the layer whose output goes to the norm, and nowhere else.
+        norm: its output goes to `behind`, and nowhere else.
+        behind: a packed layer.
+    """
+    kind = _DEFERRED.get(type(norm))
+    tensors = [getattr(norm, name, None) for name in ("weight", "bias", "running_mean", "running_var")]
+    simple = all(t is not None and t.dtype == torch.float32 for t in tensors)
+    if kind is None or not simple or type(getattr(norm, "drop", nn.Identity())) is not nn.Identity:
+        return
+    deferred: Any = norm
+    deferred.__class__ = kind
+    deferred.around = (before, behind)
+
+
 # --- hf_oscqat.quantization.packed
 class FormatError(ValueError):
     """A packed checkpoint says something that cannot be so."""
@@ -1216,6 +1307,18 @@ class _Unpacked(NamedTuple):
         return same and self.versions == _versions(self.weight, *sources)
 
 
+class _Range(NamedTuple):
+    """Smallest and largest integer of an input less the zero-point; the rest as in `_Unpacked`."""
+
+    low: float
+    high: float
+    sources: tuple[Any, ...]
+    versions: tuple[int | None, ...]
+
+    def is_of(self, sources: tuple[Any, ...]) -> bool:
+        return all(map(operator.is_, self.sources, sources)) and self.versions == _versions(*sources[:2])
+
+
 def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
     return tuple([None if tensor is None else tensor._version for tensor in tensors])
 
@@ -1243,6 +1346,7 @@ class PackedLayer(nn.Module):
     input_zero_point: Tensor | None
     _keeps_packed: bool = False
     _unpacked: _Unpacked | None = None
+    _range: _Range | None = None
     _memory_format: torch.memory_format = torch.contiguous_format
 
     @property
@@ -1280,10 +1384,23 @@ class PackedLayer(nn.Module):
         grid = self.format.input
         if grid is None:
             return input
-        scale, zero_point = cast(Tensor, self.input_scale), self.input_zero_point
+        buffers, activation = self._buffers, self.input_activation
+        scale, zero_point = cast(Tensor, buffers["input_scale"]), buffers["input_zero_point"]
         if input.device.type == "cpu" and not input.requires_grad and not is_traced(input):
-            return _round(input, scale, zero_point, grid, self.input_activation)
-        return fake_quantize(input, scale, zero_point, grid.qmin, grid.qmax, activation=self.input_activation)
+            low, high = self._input_range(grid, (scale, zero_point, activation, input.dtype))
+            in_place = activation is not None
+            return _round(input, scale, low, high, in_place, getattr(input, "deferred_norm", None))
+        return fake_quantize(input, scale, zero_point, grid.qmin, grid.qmax, activation=activation)
+
+    def _input_range(
+        self, grid: GridFormat, sources: tuple[Tensor, Tensor | None, Activation | None, torch.dtype]
+    ) -> tuple[float, float]:
+        if self._range is None or not self._range.is_of(sources):
+            low, high = _rounded_range(grid, *sources)
+            if any(tensor is not None and tensor.is_inference() for tensor in sources[:2]):
+                return low, high  # torch counts no writes to them
+            self._range = _Range(low, high, sources, _versions(*sources[:2]))
+        return self._range.low, self._range.high
 
     def _unpack_and_keep(self, grid: GridFormat, sources: tuple[Tensor | None, ...]) -> Tensor:
         if any(tensor is not None and (tensor.is_inference() or tensor.requires_grad) for tensor in sources):
@@ -1309,11 +1426,11 @@ class PackedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy as "the class made for that base", because a class made at run time has no import path."""
-        state = {name: value for name, value in self.__dict__.items() if name != "_unpacked"}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_unpacked", "_range")}
         return _new_packed_layer, (type(self).__bases__[1],), state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
-        self._unpacked = None
+        self._unpacked = self._range = None
         # A cast of the model decides dtype and layout of the unpacked weight; the scales keep all their digits.
         like_weight = torch.empty((2,) * 4, dtype=self.compute_dtype).to(memory_format=self._memory_format)
         cast_weight = fn(like_weight)
@@ -1330,34 +1447,36 @@ class PackedLayer(nn.Module):
         return self
 
 
-def _round(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: GridFormat, activation: Activation | None
-) -> Tensor:
+def _rounded_range(
+    grid: GridFormat, scale: Tensor, zero_point: Tensor | None, activation: Activation | None, dtype: torch.dtype
+) -> tuple[float, float]:
+    zero = 0 if zero_point is None else int(zero_point)
+    low, high = grid.qmin - zero, grid.qmax - zero
+    if activation is None:
+        return low, high
+    # Division and rounding keep the order of values, so the bounds of the activation can be rounded instead.
+    bounds = torch.tensor(activation, dtype=torch.promote_types(dtype, scale.dtype))
+    first, last = (bounds / scale).round_().tolist()
+    return max(low, first), min(high, last)
+
+
+def _round(x: Tensor, scale: Tensor, low: float, high: float, in_place: bool, norm: DeferredNorm | None) -> Tensor:
     """What `fake_quantize` computes, on a CPU and for nobody who wants gradients.
 
     New memory costs more than the arithmetic does. Behind a folded activation nobody else sees `x`, which then takes
     the result; timm's activations write into their input too. A large one is gone through part by part, because what
-    is in the cache need not be fetched again for the next operation.
+    is in the cache need not be fetched again for the next operation; so is one that a norm is yet to be applied to.
     """
-    zero = 0 if zero_point is None else int(zero_point)
-    low, high = grid.qmin - zero, grid.qmax - zero
-    dtype = torch.promote_types(x.dtype, scale.dtype)
-    if activation is not None:
-        # Division and rounding keep the order of values, so the bounds of the activation can be rounded instead.
-        first, last = (_as_tensor(activation, dtype) / scale).round_().tolist()
-        low, high = max(low, first), min(high, last)
-    if activation is None or x.dtype != dtype:
-        return (x / scale).round_().clamp_(low, high).mul_(scale).to(x.dtype)
     count = chunk_size()
+    if norm is not None:
+        for part, normalised in norm.parts(x, count):
+            torch.mul(normalised.div_(scale).round_().clamp_(low, high), scale, out=part)
+        return x
+    if not in_place or x.dtype != torch.promote_types(x.dtype, scale.dtype):
+        return (x / scale).round_().clamp_(low, high).mul_(scale).to(x.dtype)
     for part in x.view(-1).split(count) if x.numel() > count and x.is_contiguous() else (x,):
         part.div_(scale).round_().clamp_(low, high).mul_(scale)
     return x
-
-
-@functools.cache
-def _as_tensor(activation: Activation, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(activation, dtype=dtype)
 
 
 class StandardisedPackedLayer(PackedLayer):
@@ -1477,18 +1596,40 @@ def fill_packed(layer: PackedLayer, tensors: Mapping[str, Tensor]) -> None:
 
 
 # --- hf_oscqat.quantization.activations
-FOLDABLE: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
-    # block: (activation, the layer that it feeds, what stands between them and must be nothing)
-    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": (("bn1.act", "conv_pw", ("aa", "se")),),
-    "timm.models._efficientnet_blocks.InvertedResidual": (
-        ("bn1.act", "conv_dw", ()),
-        ("bn2.act", "conv_pwl", ("aa", "se")),
+class Site(NamedTuple):
+    """Where in a block one layer feeds the next, through norm and activation and to nothing else; names of modules.
+
+    Args:
+        before: the first layer.
+        norm: behind it.
+        activation: behind or in the norm.
+        layer: the next layer.
+        between: what may stand between norm and layer besides, and must be nothing.
+    """
+
+    before: str
+    norm: str
+    activation: str
+    layer: str
+    between: tuple[str, ...] = ()
+
+
+FOLDABLE = {
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": (
+        Site("conv_dw", "bn1", "bn1.act", "conv_pw", ("aa", "se")),
     ),
-    "timm.models._efficientnet_blocks.EdgeResidual": (("bn1.act", "conv_pwl", ("aa", "se")),),
-    "timm.models.resnet.BasicBlock": (("act1", "conv2", ("aa",)),),
-    "timm.models.resnet.Bottleneck": (("act1", "conv2", ()), ("act2", "conv3", ("aa",))),
+    "timm.models._efficientnet_blocks.InvertedResidual": (
+        Site("conv_pw", "bn1", "bn1.act", "conv_dw"),
+        Site("conv_dw", "bn2", "bn2.act", "conv_pwl", ("aa", "se")),
+    ),
+    "timm.models._efficientnet_blocks.EdgeResidual": (Site("conv_exp", "bn1", "bn1.act", "conv_pwl", ("aa", "se")),),
+    "timm.models.resnet.BasicBlock": (Site("conv1", "bn1", "act1", "conv2", ("drop_block", "aa")),),
+    "timm.models.resnet.Bottleneck": (
+        Site("conv1", "bn1", "act1", "conv2"),
+        Site("conv2", "bn2", "act2", "conv3", ("drop_block", "aa")),
+    ),
 }
-"""Where the output of an activation goes to one layer only."""
+"""The sites in blocks of timm, by class."""
 
 
 class FoldedActivation(nn.Module):
@@ -1509,11 +1650,20 @@ class FoldedActivation(nn.Module):
 
 def fold_activations(model: nn.Module) -> None:
     """Move activations into the quantized layers behind them, in place, where that is known to be safe."""
-    for block, path, activation, layer in list(_foldable(model)):
+    for block, site in list(_foldable(model)):
+        activation, layer = block.get_submodule(site.activation), block.get_submodule(site.layer)
         bounds = _bounds(activation)
-        if bounds is not None and _quantizes_input(layer) and not _is_watched(block, path, layer):
+        if bounds is not None and _quantizes_input(layer) and not _is_watched(block, site.activation, layer):
             layer.input_activation = bounds  # type: ignore[assignment]
-            _replace(block, path, FoldedActivation(activation))
+            _replace(block, site.activation, FoldedActivation(activation))
+
+
+def defer_norms(model: nn.Module) -> None:
+    """Let packed layers compute the batch-norms before activations that are folded into them, in place."""
+    for block, site in _foldable(model):
+        layer = block.get_submodule(site.layer)
+        if isinstance(layer, PackedLayer) and isinstance(block.get_submodule(site.activation), FoldedActivation):
+            defer_norm(block.get_submodule(site.before), block.get_submodule(site.norm), layer)
 
 
 def _quantizes_input(layer: nn.Module) -> bool:
@@ -1537,14 +1687,14 @@ def _is_watched(block: nn.Module, path: str, layer: nn.Module) -> bool:
     )
 
 
-def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, nn.Module]]:
+def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, Site]]:
     for block in model.modules():
-        for path, layer, between in FOLDABLE.get(f"{type(block).__module__}.{type(block).__name__}", ()):
+        for site in FOLDABLE.get(f"{type(block).__module__}.{type(block).__name__}", ()):
             modules = dict(block.named_modules())
-            nothing_between = all(type(modules.get(part, nn.Identity())) is nn.Identity for part in between)
+            nothing_between = all(type(modules.get(part, nn.Identity())) is nn.Identity for part in site.between)
             # Some norms that timm puts in place of batch-norm are their own activation.
-            if path in modules and layer in modules and nothing_between:
-                yield block, path, modules[path], modules[layer]
+            if nothing_between and all(name in modules for name in site[:4]):
+                yield block, site
 
 
 def _bounds(activation: nn.Module) -> Activation | None:
@@ -1965,6 +2115,7 @@ class PackedQuantizer(HfQuantizer):
                 # Its weight is computed; transformers must not initialise it.
                 modules[name]._is_hf_initialized = True
         fold_activations(model)
+        defer_norms(model)
         forbid_merging(model)
         self.hidden_repeats = hide_repeats(model)
         if checkpoint_files:
