@@ -268,7 +268,7 @@ def _round(x: Tensor, scale: Tensor, low: float, high: float, in_place: bool, no
 
     New memory costs more than the arithmetic does. Behind a folded activation nobody else sees `x`, which then takes
     the result; timm's activations write into their input too. A large one is gone through part by part, because what
-    is in the cache need not be fetched again for the next operation; so is one that a norm is yet to be applied to.
+    is in the cache need not be fetched again for the next operation. To some a norm is to be applied first.
     """
     count = chunk_size()
     if norm is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_oscqat import OscQATConfig, calibrate, pack, prepare_qat, reestimate_batchnorm
-from hf_oscqat.quantization import kernels
+from hf_oscqat.quantization import kernels, norms
 from hf_oscqat.quantization.norms import DeferredBatchNorm2d, DeferredNorm
 
 DEFERRED = {"mobilenetv2_035": 33, "efficientnet_lite0": 31, "resnet18": 8, "resnet26": 16}
@@ -36,6 +36,11 @@ def _packed_model(name):
 
 def deferred(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, DeferredNorm)}
+
+
+@pytest.fixture(autouse=True)
+def _small_is_large(monkeypatch):
+    monkeypatch.setattr(norms, "LARGE", 1)
 
 
 def calls(monkeypatch, model, images):
@@ -135,6 +140,14 @@ def test_hooks_see_what_they_would_see_otherwise(watched, monkeypatch):
         assert calls(monkeypatch, model, images) == 32
 
 
+def test_small_tensors_are_left_to_the_norm(monkeypatch):
+    model, images = packed_model("resnet18")
+    monkeypatch.setattr(norms, "LARGE", 64 * 8 * 8 * len(images))
+    with torch.inference_mode():
+        assert calls(monkeypatch, model, images) == 2, "those of the first stage"
+        assert torch.equal(model(images), plain(model)(images))
+
+
 def test_activation_taken_out_of_the_layer_again_is_not_lost():
     model, images = packed_model("resnet18")
     other = plain(model)
@@ -159,10 +172,8 @@ def test_state_copies_and_pickles_are_those_of_a_norm():
 
 
 def test_norms_of_another_kind_stay():
-    for norm_layer in (
-        lambda channels, **_: nn.GroupNorm(1, channels),
-        lambda c, **_: nn.BatchNorm2d(c, affine=False),
-    ):
+    without_weights = functools.partial(nn.BatchNorm2d, affine=False)
+    for norm_layer in (functools.partial(nn.GroupNorm, 1), without_weights):
         torch.manual_seed(0)
         model = timm.create_model("resnet18", num_classes=5)
         for name, module in list(model.named_modules()):
