@@ -272,8 +272,7 @@ def quantize_backward(
 
     u = (x if activation is None else x.clamp(*activation)).to(dtype) / s
     rounded = estimator.round(u, noise)
-    slope = estimator.slope(u - rounded, grad, qmax - qmin)
-    residual = rounded - (u if slope is None else u.mul_(slope))
+    slope = estimator.slope(u - rounded, grad, qmax - qmin) if estimator.has_slope else None
     zero = None if z is None else grid_zero(z, qmin, qmax)
     position = rounded if zero is None else rounded.add_(zero)
     w_int = position.clamp(qmin, qmax)
@@ -285,12 +284,12 @@ def quantize_backward(
         w_int -= zero
 
     passed = grad * passes
-    grad_scale = _sum_like(torch.addcmul(residual.mul_(passed), grad - passed, w_int), s, scale)
+    grad_x = passed if slope is None else passed * slope
+    grad_scale = _sum_like(torch.addcmul(grad * w_int, grad_x, u, value=-1), s, scale)
     grad_zero_point: tuple[Tensor, ...] = ()
     if z is not None:
         on_grid = (z.round() >= qmin) & (z.round() <= qmax)
         grad_zero_point = (_sum_like((passed - grad) * s, s, zero_point) * on_grid.reshape(zero_point.shape),)
-    grad_x = passed if slope is None else passed.mul_(slope)
     if activation is not None:
         grad_x = torch.ops.aten.hardtanh_backward(grad_x, x.to(dtype), *activation)
     return (grad_x.to(x.dtype), grad_scale, *grad_zero_point)

@@ -62,6 +62,11 @@ class GradientEstimator:
         return None
 
     @property
+    def has_slope(self) -> bool:
+        """Whether the slope is ever another than 1."""
+        return type(self).slope is not GradientEstimator.slope
+
+    @property
     def is_random(self) -> bool:
         """Whether training rounds at random; evaluation, tracking and packing never do."""
         return type(self).noise is not GradientEstimator.noise
