@@ -15,7 +15,6 @@ from hf_oscqat.integration.modeling import (
     OscQATTimmModel,
 )
 from hf_oscqat.prepare import attach_config, short_name, unwrapped
-from hf_oscqat.quantization.activations import defer_norms
 from hf_oscqat.quantization.functional import MIN_SCALE, grid_zero
 from hf_oscqat.quantization.layers import QuantizedLayer, quantized_layers
 from hf_oscqat.quantization.packed import GridFormat, LayerFormat, PackedLayer, fill_packed, make_packed
@@ -62,7 +61,6 @@ def pack(model: nn.Module) -> nn.Module:
         packed.__dict__.pop(name, None)
     for _, layer in quantized_layers(packed):
         _pack_layer(layer)
-    defer_norms(packed)
     packed.eval().requires_grad_(False)
     if published is not None:
         _publish(packed, published)

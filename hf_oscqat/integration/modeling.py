@@ -28,7 +28,7 @@ from hf_oscqat.checkpoint import (
     sort_metadata,
 )
 from hf_oscqat.integration.shared_modules import Place, hide_repeats, restore_repeats, state_dict_without_repeats
-from hf_oscqat.quantization.activations import defer_norms, fold_activations
+from hf_oscqat.quantization.activations import fold_activations
 from hf_oscqat.quantization.packed import FormatError, LayerFormat, keep_packed, make_packed
 from hf_oscqat.quantization.timm_layers import forbid_merging, separate_qkv_bias
 
@@ -225,7 +225,6 @@ class PackedQuantizer(HfQuantizer):
                 # Its weight is computed; transformers must not initialise it.
                 modules[name]._is_hf_initialized = True
         fold_activations(model)
-        defer_norms(model)
         forbid_merging(model)
         self.hidden_repeats = hide_repeats(model)
         if checkpoint_files:

@@ -11,7 +11,6 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
-from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
@@ -24,7 +23,6 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 import base64
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -64,7 +62,7 @@ class GradientEstimator:
         return None
 
     def round(self, u: Tensor, noise: Tensor | None) -> Tensor:
-        """Round `u`, given in grid units."""
+        """Round `u`, given in grid units, into a new tensor."""
         return u.round()
 
     def slope(self, residual: Tensor, grad: Tensor, levels: int) -> Tensor | None:
@@ -1133,103 +1131,6 @@ def _shifts(like: Tensor, count: int, step: int) -> Tensor:
     return torch.arange(0, count * step, step, dtype=like.dtype, device=like.device)
 
 
-# --- hf_oscqat.quantization.norms
-PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
-"""Tensors of a batch-norm, in the order in which torch takes them."""
-LARGE = 2**22
-"""Values from which on this pays. glibc hands memory of up to 32 MiB out again, as it is, and parts cost some time."""
-
-
-class DeferredNorm(nn.Module):
-    """Mixin of a batch-norm between two layers that leaves its work to the second one, where nobody can tell.
-
-    That is for large tensors on a CPU, without gradients, and with no hook to look at what passes. Otherwise it does
-    what it always did.
-
-    Attributes:
-        around: the layer before it, whose output is written over, and the one behind it.
-    """
-
-    around: tuple[nn.Module, nn.Module]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise, or hand on what came with a note of who is to normalise it."""
-        if not self._is_deferred(x):
-            return super().forward(x)
-        x.deferred_norm = self  # type: ignore[attr-defined]
-        return x
-
-    def _is_deferred(self, x: Tensor) -> bool:
-        if self.training or torch.is_grad_enabled() or is_traced(x) or not _is_large(x):
-            return False
-        before, behind = self.around
-        watched = before._forward_hooks or self._forward_pre_hooks or self._forward_hooks or behind._forward_pre_hooks
-        # The activation may have been taken out of the layer again, into this norm.
-        return not watched and behind.input_activation is not None
-
-    def parts(self, x: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield parts of `x`, of about `count` values, each a view, and what it is when normalised, in new memory.
-
-        Args:
-            x: `[N, C, H, W]`, dense in one of torch's two layouts.
-            count: how many values.
-        """
-        eps = cast(nn.BatchNorm2d, self).eps
-        vectors = [cast(Tensor, getattr(self, name)) for name in PER_CHANNEL]
-        channels, size = x.shape[1], x.shape[2] * x.shape[3]
-        parts: Iterable[Tensor]
-        own: Iterable[Sequence[Tensor]] = itertools.repeat(vectors)
-        if not x.is_contiguous():
-            rows = x.permute(0, 2, 3, 1).view(-1, channels)
-            parts = (part.t()[None, :, :, None] for part in rows.split(max(1, count // channels)))
-        elif channels * size <= count:
-            parts = x.split(count // (channels * size))
-        else:
-            width = max(1, count // size)
-            parts = (part for image in x.split(1) for part in image.split(width, 1))
-            own = itertools.cycle(list(zip(*(vector.split(width) for vector in vectors), strict=True)))
-        for part, (weight, bias, mean, var) in zip(parts, own, strict=False):
-            yield part, torch.batch_norm(part, weight, bias, mean, var, False, 0.0, eps, False)
-
-
-def _is_large(x: Tensor) -> bool:
-    if x.numel() < LARGE or x.ndim != 4 or x.device.type != "cpu" or x.dtype != torch.float32:
-        return False
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-
-
-class DeferredBatchNorm2d(DeferredNorm, nn.BatchNorm2d):
-    """Torch's batch-norm; see `DeferredNorm`."""
-
-
-class DeferredBatchNormAct2d(DeferredNorm, BatchNormAct2d):
-    """timm's batch-norm with an activation, which must be folded into the layer behind; see `DeferredNorm`."""
-
-
-_DEFERRED: dict[type[nn.Module], type[DeferredNorm]] = {
-    nn.BatchNorm2d: DeferredBatchNorm2d,
-    BatchNormAct2d: DeferredBatchNormAct2d,
-}
-
-
-def defer_norm(before: nn.Module, norm: nn.Module, behind: nn.Module) -> None:
-    """Let the packed layer behind a norm compute it, in place; a norm of another kind stays as it is.
-
-    Args:
-        before: the layer whose output goes to the norm, and nowhere else.
-        norm: its output goes to `behind`, and nowhere else.
-        behind: a packed layer.
-    """
-    kind = _DEFERRED.get(type(norm))
-    tensors = [getattr(norm, name, None) for name in PER_CHANNEL]
-    simple = all(t is not None and t.dtype == torch.float32 for t in tensors)
-    if kind is None or not simple or type(getattr(norm, "drop", nn.Identity())) is not nn.Identity:
-        return
-    deferred: Any = norm
-    deferred.__class__ = kind
-    deferred.around = (before, behind)
-
-
 # --- hf_oscqat.quantization.packed
 class FormatError(ValueError):
     """A packed checkpoint says something that cannot be so."""
@@ -1319,18 +1220,6 @@ class _Unpacked(NamedTuple):
         return same and self.versions == _versions(self.weight, *sources)
 
 
-class _Range(NamedTuple):
-    """Smallest and largest integer of an input less the zero-point; the rest as in `_Unpacked`."""
-
-    low: float
-    high: float
-    sources: tuple[Any, ...]
-    versions: tuple[int | None, ...]
-
-    def is_of(self, sources: tuple[Any, ...]) -> bool:
-        return all(map(operator.is_, self.sources, sources)) and self.versions == _versions(*sources[:2])
-
-
 def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
     return tuple([None if tensor is None else tensor._version for tensor in tensors])
 
@@ -1358,7 +1247,6 @@ class PackedLayer(nn.Module):
     input_zero_point: Tensor | None
     _keeps_packed: bool = False
     _unpacked: _Unpacked | None = None
-    _range: _Range | None = None
     _memory_format: torch.memory_format = torch.contiguous_format
 
     @property
@@ -1396,23 +1284,10 @@ class PackedLayer(nn.Module):
         grid = self.format.input
         if grid is None:
             return input
-        buffers, activation = self._buffers, self.input_activation
-        scale, zero_point = cast(Tensor, buffers["input_scale"]), buffers["input_zero_point"]
+        scale, zero_point = cast(Tensor, self.input_scale), self.input_zero_point
         if input.device.type == "cpu" and not input.requires_grad and not is_traced(input):
-            low, high = self._input_range(grid, (scale, zero_point, activation, input.dtype))
-            in_place = activation is not None
-            return _round(input, scale, low, high, in_place, getattr(input, "deferred_norm", None))
-        return fake_quantize(input, scale, zero_point, grid.qmin, grid.qmax, activation=activation)
-
-    def _input_range(
-        self, grid: GridFormat, sources: tuple[Tensor, Tensor | None, Activation | None, torch.dtype]
-    ) -> tuple[float, float]:
-        if self._range is None or not self._range.is_of(sources):
-            low, high = _rounded_range(grid, *sources)
-            if any(tensor is not None and tensor.is_inference() for tensor in sources[:2]):
-                return low, high  # torch counts no writes to them
-            self._range = _Range(low, high, sources, _versions(*sources[:2]))
-        return self._range.low, self._range.high
+            return _round(input, scale, zero_point, grid, self.input_activation)
+        return fake_quantize(input, scale, zero_point, grid.qmin, grid.qmax, activation=self.input_activation)
 
     def _unpack_and_keep(self, grid: GridFormat, sources: tuple[Tensor | None, ...]) -> Tensor:
         if any(tensor is not None and (tensor.is_inference() or tensor.requires_grad) for tensor in sources):
@@ -1438,11 +1313,11 @@ class PackedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy as "the class made for that base", because a class made at run time has no import path."""
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_unpacked", "_range")}
+        state = {name: value for name, value in self.__dict__.items() if name != "_unpacked"}
         return _new_packed_layer, (type(self).__bases__[1],), state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
-        self._unpacked = self._range = None
+        self._unpacked = None
         # A cast of the model decides dtype and layout of the unpacked weight; the scales keep all their digits.
         like_weight = torch.empty((2,) * 4, dtype=self.compute_dtype).to(memory_format=self._memory_format)
         cast_weight = fn(like_weight)
@@ -1459,36 +1334,34 @@ class PackedLayer(nn.Module):
         return self
 
 
-def _rounded_range(
-    grid: GridFormat, scale: Tensor, zero_point: Tensor | None, activation: Activation | None, dtype: torch.dtype
-) -> tuple[float, float]:
-    zero = 0 if zero_point is None else int(zero_point)
-    low, high = grid.qmin - zero, grid.qmax - zero
-    if activation is None:
-        return low, high
-    # Division and rounding keep the order of values, so the bounds of the activation can be rounded instead.
-    bounds = torch.tensor(activation, dtype=torch.promote_types(dtype, scale.dtype))
-    first, last = (bounds / scale).round_().tolist()
-    return max(low, first), min(high, last)
-
-
-def _round(x: Tensor, scale: Tensor, low: float, high: float, in_place: bool, norm: DeferredNorm | None) -> Tensor:
+def _round(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: GridFormat, activation: Activation | None
+) -> Tensor:
     """What `fake_quantize` computes, on a CPU and for nobody who wants gradients.
 
     New memory costs more than the arithmetic does. Behind a folded activation nobody else sees `x`, which then takes
     the result; timm's activations write into their input too. A large one is gone through part by part, because what
-    is in the cache need not be fetched again for the next operation. To some a norm is to be applied first.
+    is in the cache need not be fetched again for the next operation.
     """
-    count = chunk_size()
-    if norm is not None:
-        for part, normalised in norm.parts(x, count):
-            torch.mul(normalised.div_(scale).round_().clamp_(low, high), scale, out=part)
-        return x
-    if not in_place or x.dtype != torch.promote_types(x.dtype, scale.dtype):
+    zero = 0 if zero_point is None else int(zero_point)
+    low, high = grid.qmin - zero, grid.qmax - zero
+    dtype = torch.promote_types(x.dtype, scale.dtype)
+    if activation is not None:
+        # Division and rounding keep the order of values, so the bounds of the activation can be rounded instead.
+        first, last = (_as_tensor(activation, dtype) / scale).round_().tolist()
+        low, high = max(low, first), min(high, last)
+    if activation is None or x.dtype != dtype:
         return (x / scale).round_().clamp_(low, high).mul_(scale).to(x.dtype)
+    count = chunk_size()
     for part in x.view(-1).split(count) if x.numel() > count and x.is_contiguous() else (x,):
         part.div_(scale).round_().clamp_(low, high).mul_(scale)
     return x
+
+
+@functools.cache
+def _as_tensor(activation: Activation, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(activation, dtype=dtype, device="cpu")
 
 
 class StandardisedPackedLayer(PackedLayer):
@@ -1608,40 +1481,18 @@ def fill_packed(layer: PackedLayer, tensors: Mapping[str, Tensor]) -> None:
 
 
 # --- hf_oscqat.quantization.activations
-class Site(NamedTuple):
-    """Where in a block one layer feeds the next, through norm and activation and to nothing else; names of modules.
-
-    Args:
-        before: the first layer.
-        norm: behind it.
-        activation: behind or in the norm.
-        layer: the next layer.
-        between: what may stand between norm and layer besides, and must be nothing.
-    """
-
-    before: str
-    norm: str
-    activation: str
-    layer: str
-    between: tuple[str, ...] = ()
-
-
-FOLDABLE = {
-    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": (
-        Site("conv_dw", "bn1", "bn1.act", "conv_pw", ("aa", "se")),
-    ),
+FOLDABLE: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
+    # block: (activation, the layer that it feeds, what stands between them and must be nothing)
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": (("bn1.act", "conv_pw", ("aa", "se")),),
     "timm.models._efficientnet_blocks.InvertedResidual": (
-        Site("conv_pw", "bn1", "bn1.act", "conv_dw"),
-        Site("conv_dw", "bn2", "bn2.act", "conv_pwl", ("aa", "se")),
+        ("bn1.act", "conv_dw", ()),
+        ("bn2.act", "conv_pwl", ("aa", "se")),
     ),
-    "timm.models._efficientnet_blocks.EdgeResidual": (Site("conv_exp", "bn1", "bn1.act", "conv_pwl", ("aa", "se")),),
-    "timm.models.resnet.BasicBlock": (Site("conv1", "bn1", "act1", "conv2", ("drop_block", "aa")),),
-    "timm.models.resnet.Bottleneck": (
-        Site("conv1", "bn1", "act1", "conv2"),
-        Site("conv2", "bn2", "act2", "conv3", ("drop_block", "aa")),
-    ),
+    "timm.models._efficientnet_blocks.EdgeResidual": (("bn1.act", "conv_pwl", ("aa", "se")),),
+    "timm.models.resnet.BasicBlock": (("act1", "conv2", ("aa",)),),
+    "timm.models.resnet.Bottleneck": (("act1", "conv2", ()), ("act2", "conv3", ("aa",))),
 }
-"""The sites in blocks of timm, by class."""
+"""Where the output of an activation goes to one layer only."""
 
 
 class FoldedActivation(nn.Module):
@@ -1662,20 +1513,11 @@ class FoldedActivation(nn.Module):
 
 def fold_activations(model: nn.Module) -> None:
     """Move activations into the quantized layers behind them, in place, where that is known to be safe."""
-    for block, site in list(_foldable(model)):
-        activation, layer = block.get_submodule(site.activation), block.get_submodule(site.layer)
+    for block, path, activation, layer in list(_foldable(model)):
         bounds = _bounds(activation)
-        if bounds is not None and _quantizes_input(layer) and not _is_watched(block, site.activation, layer):
+        if bounds is not None and _quantizes_input(layer) and not _is_watched(block, path, layer):
             layer.input_activation = bounds  # type: ignore[assignment]
-            _replace(block, site.activation, FoldedActivation(activation))
-
-
-def defer_norms(model: nn.Module) -> None:
-    """Let packed layers compute the batch-norms before activations that are folded into them, in place."""
-    for block, site in _foldable(model):
-        layer = block.get_submodule(site.layer)
-        if isinstance(layer, PackedLayer) and isinstance(block.get_submodule(site.activation), FoldedActivation):
-            defer_norm(block.get_submodule(site.before), block.get_submodule(site.norm), layer)
+            _replace(block, path, FoldedActivation(activation))
 
 
 def _quantizes_input(layer: nn.Module) -> bool:
@@ -1699,14 +1541,14 @@ def _is_watched(block: nn.Module, path: str, layer: nn.Module) -> bool:
     )
 
 
-def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, Site]]:
+def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, nn.Module]]:
     for block in model.modules():
-        for site in FOLDABLE.get(f"{type(block).__module__}.{type(block).__name__}", ()):
+        for path, layer, between in FOLDABLE.get(f"{type(block).__module__}.{type(block).__name__}", ()):
             modules = dict(block.named_modules())
-            nothing_between = all(type(modules.get(part, nn.Identity())) is nn.Identity for part in site.between)
+            nothing_between = all(type(modules.get(part, nn.Identity())) is nn.Identity for part in between)
             # Some norms that timm puts in place of batch-norm are their own activation.
-            if nothing_between and all(name in modules for name in site[:4]):
-                yield block, site
+            if path in modules and layer in modules and nothing_between:
+                yield block, path, modules[path], modules[layer]
 
 
 def _bounds(activation: nn.Module) -> Activation | None:
@@ -2127,7 +1969,6 @@ class PackedQuantizer(HfQuantizer):
                 # Its weight is computed; transformers must not initialise it.
                 modules[name]._is_hf_initialized = True
         fold_activations(model)
-        defer_norms(model)
         forbid_merging(model)
         self.hidden_repeats = hide_repeats(model)
         if checkpoint_files:

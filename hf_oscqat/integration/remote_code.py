@@ -14,7 +14,6 @@ MODULES = (
     "hf_oscqat.quantization.functional",
     "hf_oscqat.quantization.timm_layers",
     "hf_oscqat.quantization.packing",
-    "hf_oscqat.quantization.norms",
     "hf_oscqat.quantization.packed",
     "hf_oscqat.quantization.activations",
     "hf_oscqat.checkpoint",

@@ -7,55 +7,28 @@ An activation may be folded only where its output goes to one quantized layer an
 that is known from timm's source; anything else stays as it is, and so does what somebody watches with a hook. What the
 network computes does not change by a bit. (A hook that is registered later, on a norm with such an activation in it,
 sees values before the activation, and the packed model goes on writing into them.)
-
-In a packed model the batch-norm before such an activation is computed by the layer behind it too; see `norms.py`.
 """
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from hf_oscqat.quantization.functional import Activation
-from hf_oscqat.quantization.norms import defer_norm
 from hf_oscqat.quantization.packed import PackedLayer
 
-
-class Site(NamedTuple):
-    """Where in a block one layer feeds the next, through norm and activation and to nothing else; names of modules.
-
-    Args:
-        before: the first layer.
-        norm: behind it.
-        activation: behind or in the norm.
-        layer: the next layer.
-        between: what may stand between norm and layer besides, and must be nothing.
-    """
-
-    before: str
-    norm: str
-    activation: str
-    layer: str
-    between: tuple[str, ...] = ()
-
-
-FOLDABLE = {
-    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": (
-        Site("conv_dw", "bn1", "bn1.act", "conv_pw", ("aa", "se")),
-    ),
+FOLDABLE: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
+    # block: (activation, the layer that it feeds, what stands between them and must be nothing)
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": (("bn1.act", "conv_pw", ("aa", "se")),),
     "timm.models._efficientnet_blocks.InvertedResidual": (
-        Site("conv_pw", "bn1", "bn1.act", "conv_dw"),
-        Site("conv_dw", "bn2", "bn2.act", "conv_pwl", ("aa", "se")),
+        ("bn1.act", "conv_dw", ()),
+        ("bn2.act", "conv_pwl", ("aa", "se")),
     ),
-    "timm.models._efficientnet_blocks.EdgeResidual": (Site("conv_exp", "bn1", "bn1.act", "conv_pwl", ("aa", "se")),),
-    "timm.models.resnet.BasicBlock": (Site("conv1", "bn1", "act1", "conv2", ("drop_block", "aa")),),
-    "timm.models.resnet.Bottleneck": (
-        Site("conv1", "bn1", "act1", "conv2"),
-        Site("conv2", "bn2", "act2", "conv3", ("drop_block", "aa")),
-    ),
+    "timm.models._efficientnet_blocks.EdgeResidual": (("bn1.act", "conv_pwl", ("aa", "se")),),
+    "timm.models.resnet.BasicBlock": (("act1", "conv2", ("aa",)),),
+    "timm.models.resnet.Bottleneck": (("act1", "conv2", ()), ("act2", "conv3", ("aa",))),
 }
-"""The sites in blocks of timm, by class."""
+"""Where the output of an activation goes to one layer only."""
 
 
 class FoldedActivation(nn.Module):
@@ -76,20 +49,11 @@ class FoldedActivation(nn.Module):
 
 def fold_activations(model: nn.Module) -> None:
     """Move activations into the quantized layers behind them, in place, where that is known to be safe."""
-    for block, site in list(_foldable(model)):
-        activation, layer = block.get_submodule(site.activation), block.get_submodule(site.layer)
+    for block, path, activation, layer in list(_foldable(model)):
         bounds = _bounds(activation)
-        if bounds is not None and _quantizes_input(layer) and not _is_watched(block, site.activation, layer):
+        if bounds is not None and _quantizes_input(layer) and not _is_watched(block, path, layer):
             layer.input_activation = bounds  # type: ignore[assignment]
-            _replace(block, site.activation, FoldedActivation(activation))
-
-
-def defer_norms(model: nn.Module) -> None:
-    """Let packed layers compute the batch-norms before activations that are folded into them, in place."""
-    for block, site in _foldable(model):
-        layer = block.get_submodule(site.layer)
-        if isinstance(layer, PackedLayer) and isinstance(block.get_submodule(site.activation), FoldedActivation):
-            defer_norm(block.get_submodule(site.before), block.get_submodule(site.norm), layer)
+            _replace(block, path, FoldedActivation(activation))
 
 
 def _quantizes_input(layer: nn.Module) -> bool:
@@ -113,14 +77,14 @@ def _is_watched(block: nn.Module, path: str, layer: nn.Module) -> bool:
     )
 
 
-def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, Site]]:
+def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module, nn.Module]]:
     for block in model.modules():
-        for site in FOLDABLE.get(f"{type(block).__module__}.{type(block).__name__}", ()):
+        for path, layer, between in FOLDABLE.get(f"{type(block).__module__}.{type(block).__name__}", ()):
             modules = dict(block.named_modules())
-            nothing_between = all(type(modules.get(part, nn.Identity())) is nn.Identity for part in site.between)
+            nothing_between = all(type(modules.get(part, nn.Identity())) is nn.Identity for part in between)
             # Some norms that timm puts in place of batch-norm are their own activation.
-            if nothing_between and all(name in modules for name in site[:4]):
-                yield block, site
+            if path in modules and layer in modules and nothing_between:
+                yield block, path, modules[path], modules[layer]
 
 
 def _bounds(activation: nn.Module) -> Activation | None:

@@ -6,6 +6,7 @@ the function that training called, and the weight is rebuilt by the same two ope
 The weight is rebuilt at the first forward and kept beside the integers; `keep_packed` trades that speed for memory.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from hf_oscqat.quantization.functional import Activation, broadcast_to_axis, fake_quantize, output_axis
 from hf_oscqat.quantization.kernels import chunk_size, is_traced
-from hf_oscqat.quantization.norms import DeferredNorm
 from hf_oscqat.quantization.packing import pack_bits, packed_width, unpack_bits
 from hf_oscqat.quantization.timm_layers import convolve, is_standardised, standardise
 
@@ -110,18 +110,6 @@ class _Unpacked(NamedTuple):
         return same and self.versions == _versions(self.weight, *sources)
 
 
-class _Range(NamedTuple):
-    """Smallest and largest integer of an input less the zero-point; the rest as in `_Unpacked`."""
-
-    low: float
-    high: float
-    sources: tuple[Any, ...]
-    versions: tuple[int | None, ...]
-
-    def is_of(self, sources: tuple[Any, ...]) -> bool:
-        return all(map(operator.is_, self.sources, sources)) and self.versions == _versions(*sources[:2])
-
-
 def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
     return tuple([None if tensor is None else tensor._version for tensor in tensors])
 
@@ -149,7 +137,6 @@ class PackedLayer(nn.Module):
     input_zero_point: Tensor | None
     _keeps_packed: bool = False
     _unpacked: _Unpacked | None = None
-    _range: _Range | None = None
     _memory_format: torch.memory_format = torch.contiguous_format
 
     @property
@@ -187,23 +174,10 @@ class PackedLayer(nn.Module):
         grid = self.format.input
         if grid is None:
             return input
-        buffers, activation = self._buffers, self.input_activation
-        scale, zero_point = cast(Tensor, buffers["input_scale"]), buffers["input_zero_point"]
+        scale, zero_point = cast(Tensor, self.input_scale), self.input_zero_point
         if input.device.type == "cpu" and not input.requires_grad and not is_traced(input):
-            low, high = self._input_range(grid, (scale, zero_point, activation, input.dtype))
-            in_place = activation is not None
-            return _round(input, scale, low, high, in_place, getattr(input, "deferred_norm", None))
-        return fake_quantize(input, scale, zero_point, grid.qmin, grid.qmax, activation=activation)
-
-    def _input_range(
-        self, grid: GridFormat, sources: tuple[Tensor, Tensor | None, Activation | None, torch.dtype]
-    ) -> tuple[float, float]:
-        if self._range is None or not self._range.is_of(sources):
-            low, high = _rounded_range(grid, *sources)
-            if any(tensor is not None and tensor.is_inference() for tensor in sources[:2]):
-                return low, high  # torch counts no writes to them
-            self._range = _Range(low, high, sources, _versions(*sources[:2]))
-        return self._range.low, self._range.high
+            return _round(input, scale, zero_point, grid, self.input_activation)
+        return fake_quantize(input, scale, zero_point, grid.qmin, grid.qmax, activation=self.input_activation)
 
     def _unpack_and_keep(self, grid: GridFormat, sources: tuple[Tensor | None, ...]) -> Tensor:
         if any(tensor is not None and (tensor.is_inference() or tensor.requires_grad) for tensor in sources):
@@ -229,11 +203,11 @@ class PackedLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy as "the class made for that base", because a class made at run time has no import path."""
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_unpacked", "_range")}
+        state = {name: value for name, value in self.__dict__.items() if name != "_unpacked"}
         return _new_packed_layer, (type(self).__bases__[1],), state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
-        self._unpacked = self._range = None
+        self._unpacked = None
         # A cast of the model decides dtype and layout of the unpacked weight; the scales keep all their digits.
         like_weight = torch.empty((2,) * 4, dtype=self.compute_dtype).to(memory_format=self._memory_format)
         cast_weight = fn(like_weight)
@@ -250,36 +224,34 @@ class PackedLayer(nn.Module):
         return self
 
 
-def _rounded_range(
-    grid: GridFormat, scale: Tensor, zero_point: Tensor | None, activation: Activation | None, dtype: torch.dtype
-) -> tuple[float, float]:
-    zero = 0 if zero_point is None else int(zero_point)
-    low, high = grid.qmin - zero, grid.qmax - zero
-    if activation is None:
-        return low, high
-    # Division and rounding keep the order of values, so the bounds of the activation can be rounded instead.
-    bounds = torch.tensor(activation, dtype=torch.promote_types(dtype, scale.dtype))
-    first, last = (bounds / scale).round_().tolist()
-    return max(low, first), min(high, last)
-
-
-def _round(x: Tensor, scale: Tensor, low: float, high: float, in_place: bool, norm: DeferredNorm | None) -> Tensor:
+def _round(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, grid: GridFormat, activation: Activation | None
+) -> Tensor:
     """What `fake_quantize` computes, on a CPU and for nobody who wants gradients.
 
     New memory costs more than the arithmetic does. Behind a folded activation nobody else sees `x`, which then takes
     the result; timm's activations write into their input too. A large one is gone through part by part, because what
-    is in the cache need not be fetched again for the next operation. To some a norm is to be applied first.
+    is in the cache need not be fetched again for the next operation.
     """
-    count = chunk_size()
-    if norm is not None:
-        for part, normalised in norm.parts(x, count):
-            torch.mul(normalised.div_(scale).round_().clamp_(low, high), scale, out=part)
-        return x
-    if not in_place or x.dtype != torch.promote_types(x.dtype, scale.dtype):
+    zero = 0 if zero_point is None else int(zero_point)
+    low, high = grid.qmin - zero, grid.qmax - zero
+    dtype = torch.promote_types(x.dtype, scale.dtype)
+    if activation is not None:
+        # Division and rounding keep the order of values, so the bounds of the activation can be rounded instead.
+        first, last = (_as_tensor(activation, dtype) / scale).round_().tolist()
+        low, high = max(low, first), min(high, last)
+    if activation is None or x.dtype != dtype:
         return (x / scale).round_().clamp_(low, high).mul_(scale).to(x.dtype)
+    count = chunk_size()
     for part in x.view(-1).split(count) if x.numel() > count and x.is_contiguous() else (x,):
         part.div_(scale).round_().clamp_(low, high).mul_(scale)
     return x
+
+
+@functools.cache
+def _as_tensor(activation: Activation, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(activation, dtype=dtype, device="cpu")
 
 
 class StandardisedPackedLayer(PackedLayer):

@@ -99,6 +99,16 @@ def test_every_estimator_is_tested():
     assert tested == set(GRADIENT_ESTIMATORS.values())
 
 
+@pytest.mark.parametrize("name", GRADIENT_ESTIMATORS)
+def test_backward_may_write_into_what_is_rounded_and_leave_out_a_slope_of_1(name):
+    estimator = make_gradient_estimator(name)
+    u = torch.tensor([-1.3, 0.0, 0.4, 2.0])
+    for noise in (None, torch.zeros(4)):
+        assert estimator.round(u, noise).data_ptr() != u.data_ptr()
+    slope = estimator.slope(u - u.round(), torch.ones(4), 15)
+    assert (slope is not None) == estimator.has_slope
+
+
 def test_staircases_lead_from_one_integer_to_the_next():
     t = torch.linspace(0, 1, 20001, dtype=torch.float64)
     for estimator in (StackedSigmoid(0.1), StackedSigmoid(-6.0), DSQ(0.3), DSQ(5.0)):
