@@ -1,6 +1,5 @@
 """Trainer records what it trains, once, wherever it was stopped; trackers of experiments are told the same numbers."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -137,13 +136,6 @@ def test_a_negative_interval_is_refused(make_trainer):
         make_trainer(record_steps=-1)
 
 
-def missing(library):
-    return pytest.mark.skipif(
-        importlib.util.find_spec(library) is None, reason=f"{library} is missing: pip install {library}"
-    )
-
-
-@missing("tensorboard")
 def test_tensorboard_is_told_the_same(make_trainer, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -185,7 +177,6 @@ print(json.dumps([told, trainer.state.log_history], default=str))
 """
 
 
-@missing("trackio")
 def test_trackio_is_told_the_same(tmp_path):
     """In a process of its own, because it goes on writing until its process ends."""
     environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "OSCQAT_FUSED_KERNELS": "0"}
