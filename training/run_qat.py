@@ -529,7 +529,12 @@ def _ask_the_hub(settings: Settings) -> Origin:
             token=training.hub_token,
         )
         if training.push_to_hub:
-            check_push(_hub_id(settings), token=training.hub_token, private=training.hub_private_repo or None)
+            check_push(
+                _hub_id(settings),
+                token=training.hub_token,
+                private=training.hub_private_repo or None,
+                license=settings.run.model_license,
+            )
         answers[1] = _dataset_commit(settings)
     broadcast_object_list(answers)
     if answers[1] != data.dataset_revision:

@@ -169,6 +169,19 @@ def check_license(card: str, license: str | None, place: str) -> None:
         )
 
 
+def has_edited_license(card: str, place: str) -> bool:
+    """Whether a person has written the licence of a card, which will therefore be kept.
+
+    Args:
+        card: its text.
+        place: where it stands, for messages.
+
+    Raises:
+        CardError: if its metadata are no YAML.
+    """
+    return _license_is_edited(_parse(card, place))
+
+
 def read_card(path: Path) -> str:
     """Return the text of a card.
 
@@ -484,10 +497,14 @@ def _is_newer(heading: str, old: _Card, new: _Card) -> bool:
     return new.edited(heading) and untouched
 
 
+def _license_is_edited(card: _Card) -> bool:
+    before = card.marks.metadata
+    return any(key in card.metadata and before.get(key) != _digests(card.metadata[key]) for key in LICENSE_KEYS)
+
+
 def _merge_metadata(old: _Card, new: _Card) -> dict[str, Any]:
     merged = dict(new.metadata)
     before = old.marks.metadata
-    licensed = any(key in old.metadata and before.get(key) != _digests(old.metadata[key]) for key in LICENSE_KEYS)
     for key in {**old.metadata, **before}:
         theirs, ours = old.metadata.get(key), merged.get(key)
         if key in ("model-index", *FACTS, *LICENSE_KEYS) or before.get(key) == _digests(theirs):
@@ -504,7 +521,7 @@ def _merge_metadata(old: _Card, new: _Card) -> dict[str, Any]:
             if key in merged and ours != theirs and new.marks.metadata.get(key) != _digests(ours):
                 logger.warning("kept %s: %r, which people have written, and not %r", key, theirs, ours)
             merged[key] = theirs
-    if licensed:
+    if _license_is_edited(old):
         for key in LICENSE_KEYS:
             merged.pop(key, None)
             if key in old.metadata:

@@ -26,6 +26,7 @@ from hf_oscqat.hub.card import (
     RESULTS,
     card_of,
     check_license,
+    has_edited_license,
     merge_eval_results,
     read_card,
     read_metadata,
@@ -67,6 +68,7 @@ def check_push(
     token: str | None = None,
     create_pr: bool = False,
     private: bool | None = None,
+    license: str | None = None,
     api: HfApi | None = None,
 ) -> str:
     """Find out whether a push will be possible, before training for it.
@@ -76,13 +78,15 @@ def check_push(
         token: None takes the stored one, or HF_TOKEN.
         create_pr: whether a pull request will be opened, for which a token of any kind will do.
         private: what the repository has to be; None takes it as it is.
+        license: that the model will be pushed with, where it is known by now.
         api: the client; None makes one.
 
     Returns:
         The full name, with its account.
 
     Raises:
-        HubError: if there is no such token, it may not write there, or the card there cannot be merged with.
+        HubError: if there is no such token, or it may not write there.
+        CardError: if the card there cannot be merged with, or a person has written another licence into it.
     """
     api = api or HfApi(token=token)
     with explained(repo_id, "pushing to", api.endpoint):
@@ -102,7 +106,9 @@ def check_push(
                     f"got private={private} for {repo_id}, which exists and {is_private}; expected the same: change "
                     "it in the settings of the repository, or take another name"
                 )
-            _read_card(api, repo_id, info.sha)
+            card = _read_card(api, repo_id, info.sha)
+            if card is not None and has_edited_license(card, f"the card of {repo_id}"):
+                check_license(card, license, repo_id)
         elif create_pr:
             raise HubError(f"got {repo_id}, which does not exist, expected a repository to open a pull request in")
         else:
@@ -148,7 +154,7 @@ def push_folder(
     api = HfApi(token=token)
     folder = Path(folder)
     paths = files_to_push(folder)
-    repo_id = check_push(repo_id, token=token, create_pr=create_pr, private=private, api=api)
+    repo_id = check_push(repo_id, token=token, create_pr=create_pr, private=private, license=license, api=api)
     ours = card_of(folder, license=license, repo_id=repo_id)
     contents: dict[str, Path | bytes] = dict(paths)
     title = message or f"{repo_id.rpartition('/')[2]}: packed checkpoint of hf_oscqat"

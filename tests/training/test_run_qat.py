@@ -174,6 +174,13 @@ class TestPush:
             main([*command, "--hub_token", "hf_read"])
         assert not (tmp_path / "run").exists()
 
+    def test_licence_that_a_person_has_written_there_is_found_before_anything_else(self, hub, tmp_path):
+        hub.create(self.REPO, {"README.md": b"---\nlicense: gpl-3.0\n---\nText.\n"})
+        command = [*SETTINGS, "--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", self.REPO]
+        with pytest.raises(ValueError, match=r"got licence 'mit' for org/mbv2-w4a4-osc, whose card says 'gpl-3.0'"):
+            main(command)
+        assert not (tmp_path / "run").exists()
+
 
 class TestLicence:
     def test_model_trained_from_scratch_needs_one(self, tmp_path):
