@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     output_dir = Path(training.output_dir)
 
     origin = None if run.eval_only else _ask_the_hub(settings)
-    data = load_image_data(settings.data, seed=training.seed, need_train=not run.eval_only)
+    data = load_image_data(settings.data, seed=training.seed, need_train=not run.eval_only, token=training.hub_token)
     if origin is None:
         return _evaluate_only(settings, data)
     with _lock(output_dir) if training.should_save else nullcontext():
@@ -555,7 +555,7 @@ def _dataset_commit(settings: Settings) -> str | None:
             if asked is not None:  # a branch may have moved on since, and the Hub be out of reach
                 logger.warning("the run goes on with commit %s of %s, whatever %r is by now", commit, name, asked)
             return commit
-    return pin_dataset(name, asked)
+    return pin_dataset(name, asked, settings.training.hub_token)
 
 
 def _recipe_for_others(settings: Settings) -> dict[str, Any]:

@@ -437,21 +437,22 @@ class ImageData:
         return len(self.validation)
 
 
-def load_image_data(args: DataArguments, seed: int, need_train: bool = True) -> ImageData:
+def load_image_data(args: DataArguments, seed: int, need_train: bool = True, *, token: str | None = None) -> ImageData:
     """Find, check and split the images that the arguments describe.
 
     Args:
         args: what to load.
         seed: draws held-out images and subsets; to evaluate on held-out images, pass the seed of the training.
         need_train: whether to return training images. If not, a training split that exists still names the classes.
+        token: for a private or gated dataset; None takes the stored one, or HF_TOKEN.
 
     Raises:
         DataError: if the data cannot be found or used.
     """
     on_hub = args.dataset_name not in (None, "digits") and not Path(str(args.dataset_name)).exists()
     if on_hub:
-        args = replace(args, dataset_revision=pin_dataset(str(args.dataset_name), args.dataset_revision))
-    splits = _find_splits(args)
+        args = replace(args, dataset_revision=pin_dataset(str(args.dataset_name), args.dataset_revision, token))
+    splits = _find_splits(args, token)
     validation_name = _choose_validation_split(args, splits)
     wanted = {"validation_split": validation_name}
     if need_train or validation_name is None:
@@ -502,12 +503,13 @@ def is_commit(revision: str | None) -> bool:
     return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
-def pin_dataset(dataset: str, revision: str | None) -> str | None:
+def pin_dataset(dataset: str, revision: str | None, token: str | None = None) -> str | None:
     """Return the commit that a dataset of the Hub is at, so that what was measured on can be found again.
 
     Args:
         dataset: id on the Hub.
         revision: branch, tag or commit; None is the default branch.
+        token: see `load_image_data`.
 
     Returns:
         The commit; the revision as it is, with a warning, where the Hub does not say.
@@ -515,24 +517,24 @@ def pin_dataset(dataset: str, revision: str | None) -> str | None:
     if is_commit(revision):
         return revision
     try:
-        return HfApi().dataset_info(dataset, revision=revision, timeout=30).sha or revision
+        return HfApi(token=token).dataset_info(dataset, revision=revision, timeout=30).sha or revision
     except Exception as error:  # `load_dataset` comes next, and says what is wrong if anything is
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         logger.warning("The commit of dataset '%s' is not known (%s); it is not pinned.", dataset, reason)
         return revision
 
 
-def _find_splits(args: DataArguments) -> dict[str, Callable[[list[str] | None], ImageSource]]:
+def _find_splits(args: DataArguments, token: str | None) -> dict[str, Callable[[list[str] | None], ImageSource]]:
     """Map each split to a function that opens it, given the classes of the training split where they are known."""
     if args.dataset_name is None:
         folders = {"train": args.train_dir, "validation": args.validation_dir}
         return {name: partial(_FolderSource, folder) for name, folder in folders.items() if folder}
     if args.dataset_name == "digits":
         return {name: partial(_DigitsSource, name) for name in ("train", "validation")}
-    return {name: partial(_TableSource, args, table, name) for name, table in _load_tables(args).items()}
+    return {name: partial(_TableSource, args, table, name) for name, table in _load_tables(args, token).items()}
 
 
-def _load_tables(args: DataArguments) -> dict[str, "datasets.Dataset"]:
+def _load_tables(args: DataArguments, token: str | None) -> dict[str, "datasets.Dataset"]:
     try:
         import datasets  # here, because folders and digits work without it
     except ImportError as error:
@@ -542,7 +544,7 @@ def _load_tables(args: DataArguments) -> dict[str, "datasets.Dataset"]:
         if any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(name)
         else:
-            loaded = datasets.load_dataset(name, args.dataset_config_name, revision=args.dataset_revision)
+            loaded = datasets.load_dataset(name, args.dataset_config_name, revision=args.dataset_revision, token=token)
     # IndexError: what the library raises on an empty split that it saved itself.
     except (OSError, ValueError, RuntimeError, IndexError, datasets.exceptions.DatasetsError) as error:
         raise DataError(

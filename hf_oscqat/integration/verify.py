@@ -288,7 +288,7 @@ def verify(
     _check_device(device)
     sha, card = _pinned_card(source, revision, token)
     claim = read_claim(read_metadata(card, f"the card of {source}"), f"the card of {source}")
-    data = _load_data(claim, dataset, max_samples)
+    data = _load_data(claim, dataset, max_samples, token)
     whole = max_samples is None or max_samples >= claim.num_images
     if whole and data.num_images != claim.num_images:
         raise CannotRerunError(
@@ -453,7 +453,7 @@ def _pinned_card(source: str, revision: str | None, token: str | None) -> tuple[
     return info.sha, read_card(Path(path))
 
 
-def _load_data(claim: Claim, dataset: str | None, max_samples: int | None) -> ImageData:
+def _load_data(claim: Claim, dataset: str | None, max_samples: int | None, token: str | None) -> ImageData:
     args, source = dict(claim.arguments), claim.arguments.get("source")
     chosen: dict[str, Any] = {
         name: args[name]
@@ -487,7 +487,7 @@ def _load_data(claim: Claim, dataset: str | None, max_samples: int | None) -> Im
     if wanted:
         chosen["max_eval_samples"] = min(wanted)
     try:
-        return load_image_data(DataArguments(**chosen), seed=int(args.get("seed", 0)), need_train=False)
+        return load_image_data(DataArguments(**chosen), seed=int(args.get("seed", 0)), need_train=False, token=token)
     except (DataError, ImportError, TypeError) as error:
         raise CannotRerunError(f"the images of the claim, {claim.dataset}, are not to be had: {error}") from error
 

@@ -161,8 +161,8 @@ def test_local_folder_read_by_datasets(tmp_path):
 
 
 def test_hub_arguments_reach_datasets_and_the_result(monkeypatch):
-    def load_dataset(name, config, revision):
-        assert (name, config, revision) == ("owner/pets", "small", "v2")
+    def load_dataset(name, config, revision, token):
+        assert (name, config, revision, token) == ("owner/pets", "small", "v2", None)
         return datasets.DatasetDict(train=make_table([0, 1]), validation=make_table([1, 0]))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

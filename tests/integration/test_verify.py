@@ -288,7 +288,7 @@ def dataset_on_the_hub(hub, request):
     stream = io.BytesIO()
     table.to_parquet(stream)
     name = f"org/digits-{abs(hash(request.node.name))}"
-    hub.create(name, {"data/validation-00000-of-00001.parquet": stream.getvalue()}, kind="dataset")
+    hub.create(name, {"data/validation-00000-of-00001.parquet": stream.getvalue()}, kind="dataset", private=True)
     return name, hub.head(name, kind="dataset")
 
 
@@ -314,6 +314,16 @@ class TestHub:
         result = verify(REPO, **QUIET)
         assert result.reproduced
         assert result.claim.revision == commit
+
+    def test_token_is_for_the_dataset_too(self, hub, folder, dataset_on_the_hub, monkeypatch):
+        name, commit = dataset_on_the_hub
+        changes = {"source": "hub", "name": name, "dataset_id": name, "revision": commit, "max_eval_samples": None}
+        claim_otherwise(folder, **changes)
+        push_folder(folder, REPO)
+        monkeypatch.setenv("HF_TOKEN", "hf_other")
+        with pytest.raises(CannotRerunError, match="are not to be had"):
+            verify(REPO, **QUIET)
+        assert verify(REPO, token="hf_write", **QUIET).reproduced
 
     def test_missing_repository(self, hub):
         with pytest.raises(HubError, match="there is no such repository, or it is private"):

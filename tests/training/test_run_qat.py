@@ -282,7 +282,7 @@ def test_a_run_that_has_ended_is_shown_and_not_changed(tmp_path):
 
 def test_a_run_goes_on_with_the_commit_that_its_branch_was_at(tmp_path, monkeypatch, caplog):
     commits = iter(["a" * 40, "b" * 40])
-    monkeypatch.setattr("run_qat.pin_dataset", lambda name, asked: next(commits) if asked == "v1" else asked)
+    monkeypatch.setattr("run_qat.pin_dataset", lambda name, asked, token: next(commits) if asked == "v1" else asked)
     settings = parse(
         [*SETTINGS, "--dataset_name", "org/pets", "--dataset_revision", "v1", "--output_dir", str(tmp_path)]
     )
