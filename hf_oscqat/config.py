@@ -208,6 +208,8 @@ class OscQATConfig(QuantizationConfigMixin):
         method = data.pop("quant_method", QUANT_METHOD)
         if method != QUANT_METHOD:
             raise ValueError(f"got quant_method={method!r}, expected {QUANT_METHOD!r}")
+        if "checkpoint_format" in data:  # a file that this package wrote, and no person has typed
+            check_keys(data, cls.valid_keys(), "the config of a checkpoint, which a newer hf_oscqat may have written")
         config = cls(**data)
         return (config, {}) if return_unused_kwargs else config
 

@@ -103,6 +103,12 @@ def test_unknown_key_like_no_other_lists_the_valid_ones():
     assert "Did you mean" not in str(error.value)
 
 
+def test_key_of_a_newer_version_is_said_to_be_one():
+    written = OscQATConfig().to_dict() | {"sharpness": 1}
+    with pytest.raises(ValueError, match="got unknown key 'sharpness' in the config of a checkpoint, which a newer"):
+        OscQATConfig.from_dict(written)
+
+
 def test_from_dict_refuses_another_quantization_method():
     with pytest.raises(ValueError, match="got quant_method='gptq', expected 'oscqat'"):
         OscQATConfig.from_dict({"quant_method": "gptq"})

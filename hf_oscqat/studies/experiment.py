@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments, set_seed
@@ -287,12 +288,14 @@ class Experiment:
         }
         key = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.folder / f"{name}-{key}"
-        if (folder / "config.json").is_file():
-            logger.info("taking %s from %s", name, folder)
-        else:
-            logger.info("training %s", name)
-            set_seed(seed)
-            beside = folder.with_name(f".{folder.name}.new")
-            train().save_pretrained(beside)
-            beside.rename(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / f".{folder.name}.lock"):  # another study may be training it
+            if (folder / "config.json").is_file():
+                logger.info("taking %s from %s", name, folder)
+            else:
+                logger.info("training %s", name)
+                set_seed(seed)
+                beside = folder.with_name(f".{folder.name}.new")
+                train().save_pretrained(beside)
+                beside.rename(folder)
         return timm_wrapper(str(folder), None).eval().to(self.device)

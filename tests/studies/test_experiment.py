@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 from hf_oscqat.studies import STUDIES
 from hf_oscqat.studies.base import show, write
@@ -63,6 +64,24 @@ def test_what_was_trained_is_taken_and_other_settings_train_anew(folder, caplog)
         other.timm_model.conv_stem.weight_quantizer.scale.shape
         != first.timm_model.conv_stem.weight_quantizer.scale.shape
     )
+
+
+def test_two_studies_do_not_train_the_same_at_once(folder, monkeypatch):
+    experiment = Experiment(ExperimentSettings(output_dir=str(folder), **TINY))
+    taken = []
+
+    def training(config, seed):
+        for lock in experiment.folder.glob(".lsq-*.lock"):
+            try:
+                with FileLock(lock, timeout=0):
+                    pass
+            except Timeout:
+                taken.append(lock)
+        return experiment.calibrated()
+
+    monkeypatch.setattr(experiment, "_train_on_grid", training)
+    experiment.train("lsq", weight_bits=5)
+    assert len(taken) == 1
 
 
 def test_training_batches_repeat_with_their_seed_and_leave_the_generator_alone(folder):
