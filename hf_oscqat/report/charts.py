@@ -40,6 +40,7 @@ STYLES = ({"color": FROZEN, "linestyle": "-"}, {"color": OSCILLATING, "linestyle
 
 _SETTINGS = {
     "svg.fonttype": "none",  # text stays text: it can be searched and selected
+    "text.parse_math": False,  # names of runs may hold dollar signs
     "font.size": 7.5,
     "text.color": INK,
     "axes.edgecolor": INK,

@@ -187,6 +187,14 @@ def test_names_are_text_and_no_markup(make_recording, tmp_path):
     assert "&lt;script&gt;alert(1)" in text
 
 
+def test_dollar_signs_in_the_names_of_runs_are_no_mathematics(make_recording, tmp_path):
+    folders = [tmp_path / "$\\frac{$", tmp_path / "b$ and $"]
+    for folder in folders:
+        make_recording(folder)
+    text = write_report(folders).read_text(encoding="utf-8")
+    assert ">A: $\\frac{$, top-1</text>" in text
+
+
 def test_three_runs_are_refused(one):
     with pytest.raises(ValueError, match="got 3 folders, expected that of one run, or of two"):
         write_report([one.parent.parent] * 3)
