@@ -718,6 +718,7 @@ def _draw(found: dict[tuple[str, str, str], list[dict[str, Any] | None]]) -> Fig
     colours = dict(zip(METHODS, (BEFORE, FROZEN, OSCILLATING), strict=True))
     for column, panel in enumerate(panels):
         top, bottom = axes[:, column]
+        labels = {"before": "before", "after": "after"}  # each once
         for place, method in enumerate(METHODS):
             results = there[(*panel, method)]
             for i, result in enumerate(results):
@@ -725,8 +726,7 @@ def _draw(found: dict[tuple[str, str, str], list[dict[str, Any] | None]]) -> Fig
                 ends = [place + offset + 0.04 * (i - (len(results) - 1) / 2) for offset in (-0.2, 0.2)]
                 top.plot(ends, [result["before"], result["after"]], color=BEFORE, linewidth=0.8)
                 for x, key, colour in zip(ends, ("before", "after"), (BEFORE, AFTER), strict=True):
-                    label = key if place == i == 0 else ""
-                    top.scatter(x, result[key], color=colour, s=14, zorder=3, label=label)
+                    top.scatter(x, result[key], color=colour, s=14, zorder=3, label=labels.pop(key, ""))
             for result in results:
                 steps, shares = zip(
                     *((point["step"], point["oscillating_percent"]) for point in result["history"]), strict=True

@@ -61,6 +61,15 @@ def test_the_rest_is_filled_without_training_anything_twice(half_done, caplog, t
     assert not caplog.messages
 
 
+def test_picture_without_the_first_method_has_its_legend_too(half_done):
+    result = Table(Cifar10Settings(**SMOKE, output_dir=str(half_done[0]))).results(
+        Cell("test_efficientnet", "W3A3", "freezing", 0)
+    )
+    found = {("test_efficientnet", "W3A3", method): [] for method in METHODS}
+    figure = cifar10._draw({**found, ("test_efficientnet", "W3A3", "freezing"): [result, result]})
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["before", "after"]
+
+
 def test_the_same_cell_again_measures_the_same(half_done):
     folder, _ = half_done
     file = folder / "cells" / "test_efficientnet-W3A3-freezing-0.json"
