@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ SMALL = 2**10
 """Values below which, on a CPU, a call of a compiled kernel costs as much as a dozen operations do."""
 CHUNK = 2**17
 """Values of a chunk for each thread: temporaries fit into the cache, and starting an operation counts for little."""
+MAX_CALLS = 2**12
+"""Kinds of calls that are remembered."""
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -66,6 +68,19 @@ def one_pass(
     assert first is not None
     if is_traced(first):  # asked first: a question about the size would tie a traced graph to it
         return function(tensors, parameters, bounds, axis, *static)
+    kind = (
+        function,
+        static,
+        axis,
+        torch.get_num_threads(),
+        torch.is_inference_mode_enabled(),
+        first.is_neg(),
+        *[None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors],
+        *[None if p is None else (p.dtype, p.shape) for p in parameters],
+    )
+    call = _calls.get(kind) if _enabled else None
+    if call is not None:
+        return call(tensors, parameters, bounds)
     is_small = first.is_cpu and first.numel() < SMALL
     layout = None if is_small else _layout(first)
     # What is written to must not be a copy in another layout.
@@ -82,7 +97,13 @@ def one_pass(
     views = [None if t is None else _view(t, layout, axis if per_channel else None) for t in tensors]
     outputs = None
     if is_compiled(first):
-        outputs = _compiled(function, static, views, parameters, bounds, per_channel)
+        outputs, launch = _compiled(function, static, views, parameters, bounds, per_channel)
+        if launch is not None and all(t is None or t.is_contiguous(memory_format=layout) for t in tensors):
+            seen = views[0]
+            assert seen is not None
+            if len(_calls) >= MAX_CALLS:
+                _calls.clear()
+            _calls[kind] = _Call(launch, seen.shape, seen.stride(), first.shape, first.stride(), first.device, shaped)
     if outputs is None and first.is_cpu and not per_channel and first.numel() > chunk_size():
         outputs = _in_chunks(function, static, views, parameters, bounds, shaped)
     if outputs is None:
@@ -141,6 +162,7 @@ def _unview(x: Tensor, shape: torch.Size, layout: torch.memory_format) -> Tensor
 # --- Compiled ---
 
 _kernels: dict[Any, "_Kernel"] = {}
+_calls: dict[Any, "_Call"] = {}
 _without_compiler: set[str] = set()
 _enabled = os.environ.get("OSCQAT_FUSED_KERNELS", "1") != "0"
 
@@ -163,12 +185,12 @@ def _compiled(
     parameters: Sequence[Tensor | None],
     bounds: tuple[float, ...],
     per_channel: bool,
-) -> tuple[Tensor, ...] | None:
-    """Run the compiled function; None if it cannot be compiled, which is said once."""
+) -> tuple[tuple[Tensor, ...] | None, "_Launch | None"]:
+    """Run the compiled function; None if it cannot be compiled, which is said once. Also return how to launch it."""
     first = tensors[0]
     assert first is not None
     device = first.device
-    rows = [None if p is None else p.reshape(-1).contiguous() for p in parameters]
+    rows = [None if p is None else _row(p) for p in parameters]
     arguments = [*tensors, *rows, _on_device(bounds, device)]
     kinds = (
         *[None if a is None else a.dtype for a in arguments],
@@ -181,7 +203,7 @@ def _compiled(
     shape_class = _shape_class(first.shape)
     launch = kernel.launches.get(shape_class)
     if launch is not None:
-        return launch(arguments)
+        return launch(arguments), launch
     from torch._dynamo import exc  # most of a second at first, which those who never train need not spend
 
     try:
@@ -190,9 +212,9 @@ def _compiled(
             # result must not depend on what a process has computed before.
             kernel(_examples(arguments, shape_class, len(tensors)))
             launch = kernel.launches.get(shape_class)
-        return kernel(arguments) if launch is None else launch(arguments)
+        return (kernel(arguments), kernel.launches.get(shape_class)) if launch is None else (launch(arguments), launch)
     except exc.FailOnRecompileLimitHit:
-        return None  # too many kinds of shapes for one kernel; the others go on
+        return None, None  # too many kinds of shapes for one kernel; the others go on
     except exc.TorchDynamoException as error:
         _without_compiler.add(device.type)
         logger.warning(
@@ -201,7 +223,11 @@ def _compiled(
             "a C++ compiler" if device.type == "cpu" else "Triton",
             " ".join(str(error).split("\n\n")[0].split()),  # what failed, and why; then come hints
         )
-        return None
+        return None, None
+
+
+def _row(parameter: Tensor) -> Tensor:
+    return parameter if parameter.ndim == 1 and parameter.is_contiguous() else parameter.reshape(-1).contiguous()
 
 
 ShapeClass = tuple[int, ...]
@@ -254,6 +280,38 @@ class _Launch:
     def __call__(self, arguments: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         shape = arguments[0].shape  # type: ignore[union-attr]
         return tuple(self.run([arguments[i] if i >= 0 else shape[-1 - i] for i in self.order]))
+
+
+class _Call(NamedTuple):
+    """One kind of call, which `one_pass` makes anew without asking again what there is to know about its arguments.
+
+    Attributes:
+        launch: of the kernel.
+        seen_shape: of the tensors as the kernel sees them; see `_view`.
+        seen_stride: the same.
+        shape: of the tensors as they are.
+        stride: the same.
+        device: where they are.
+        shaped: see `one_pass`.
+    """
+
+    launch: _Launch
+    seen_shape: Sequence[int]
+    seen_stride: Sequence[int]
+    shape: Sequence[int]
+    stride: Sequence[int]
+    device: torch.device
+    shaped: int
+
+    def __call__(
+        self, tensors: Sequence[Tensor | None], parameters: Sequence[Tensor | None], bounds: tuple[float, ...]
+    ) -> tuple[Tensor, ...]:
+        arguments = [None if t is None else t.as_strided(self.seen_shape, self.seen_stride) for t in tensors]
+        arguments += [None if p is None else _row(p) for p in parameters]
+        arguments.append(_on_device(bounds, self.device))
+        outputs = self.launch(arguments)
+        of_tensors = [output.as_strided(self.shape, self.stride) for output in outputs[: self.shaped]]
+        return (*of_tensors, *outputs[self.shaped :])
 
 
 class _Kernel:

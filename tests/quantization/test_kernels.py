@@ -1,5 +1,6 @@
 """Every way to run a function over memory computes the same, in any layout; and what happens without a compiler."""
 
+import itertools
 import logging
 import os
 import shutil
@@ -9,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +35,7 @@ def way(request, monkeypatch):
     monkeypatch.setattr(kernels, "SMALL", 0)
     monkeypatch.setattr(kernels, "CHUNK", 100)
     monkeypatch.setattr(kernels, "_without_compiler", set())
+    monkeypatch.setattr(kernels, "_calls", {})
     with fused_kernels(request.param == "compiled"), torch.no_grad():
         yield request.param
 
@@ -277,6 +280,59 @@ class TestLaunches:
         # Seen as [1, channels, values]: any two sizes, equal sizes, one value a channel; 5 might be that of bounds.
         assert compiler_calls == [(1, 128, 128), (1, 128, 160), (1, 128, 1), (1, 12, 5)]
 
+    def test_what_is_remembered_of_a_call_holds_for_calls_like_it_only(self):
+        torch.manual_seed(0)
+        forms = {
+            "contiguous": lambda x: x.contiguous(),
+            "channels last": lambda x: x.to(memory_format=torch.channels_last),
+            "not dense": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+            "of few channels, either": lambda x: x[:, :1].to(memory_format=torch.channels_last),
+            "negated": lambda x: torch.complex(x, x).conj().imag,
+            "bfloat16": lambda x: x.bfloat16(),
+            "parameter": nn.Parameter,
+            "weight of inference": lambda x: torch.inference_mode()(torch.clone)(x),
+        }
+        scales = [torch.tensor([0.1]), torch.rand(16) + 0.1, nn.Parameter(torch.tensor(0.3)), torch.rand(16, 1) + 0.1]
+        for _ in range(3):
+            for name, form in forms.items():
+                for scale in scales:
+                    for axis in (0, 2):
+                        x = form(torch.randn(16, 12, 16, 10))
+                        y = self.quantized(x, scale, axis)
+                        assert torch.equal(y, self.plain(x, scale, axis)), (name, scale.shape, axis)
+                        assert y.shape == x.shape
+                        if name in ("contiguous", "channels last"):
+                            assert y.stride() == x.stride()
+        assert 8 <= len(kernels._calls) <= len(forms) * len(scales) * 2
+
+    def test_remembered_calls_mix_no_layouts_of_two_tensors(self):
+        scale, static = torch.tensor([0.1]), (STRAIGHT_THROUGH, None)
+        layouts = (torch.contiguous_format, torch.channels_last)
+        for _ in range(2):
+            for one, other in itertools.product(layouts, layouts):
+                x, grad = torch.randn(2, 3, 4, 5, 6)
+                tensors = (x.to(memory_format=one), grad.to(memory_format=other), None, None)
+                grads = one_pass(quantize_backward, tensors, (scale, None), BOUNDS, static=static)
+                assert_same(grads, quantize_backward(tensors, (scale, None), BOUNDS, 0, *static))
+
+    def test_what_is_remembered_is_bounded_and_needs_no_look_at_the_kernel(self, monkeypatch):
+        monkeypatch.setattr(kernels, "MAX_CALLS", 3)
+        scale = torch.tensor([0.1])
+        for n in range(50, 60):
+            self.quantized(torch.randn(n), scale)
+            assert len(kernels._calls) <= 3
+        x = torch.randn(59)
+        with monkeypatch.context() as patched:
+            patched.setattr(kernels, "_compiled", None)
+            for bounds in ((-8, 7), (-4, 3)):  # numbers are no part of the kind
+                (y,) = one_pass(quantize, (x, None, None), (scale, None), bounds, static=(STRAIGHT_THROUGH, None))
+                assert torch.equal(y, quantize((x, None, None), (scale, None), bounds, 0, STRAIGHT_THROUGH, None)[0])
+            x.data = torch.randn(59)
+            assert torch.equal(self.quantized(x, scale), self.plain(x, scale))
+        with fused_kernels(False), monkeypatch.context() as patched:
+            patched.setattr(kernels._Launch, "__call__", None)
+            assert torch.equal(self.quantized(x, scale), self.plain(x, scale))
+
     @pytest.mark.parametrize("n", [1, 2, 3, 8, 9])
     def test_few_values(self, n):
         scale = torch.tensor([0.1])
@@ -297,6 +353,7 @@ class TestLaunches:
         scale, static, sums = torch.tensor([0.1]), (STRAIGHT_THROUGH, None), []
         for first in (50, 70_000, 300_000):
             monkeypatch.setattr(kernels, "_kernels", {})
+            monkeypatch.setattr(kernels, "_calls", {})
             for n in (first, 300_000):
                 tensors = (values[:n].clone(), grad[:n].clone(), None, None)
                 grads = one_pass(quantize_backward, tensors, (scale, None), BOUNDS, static=static)
