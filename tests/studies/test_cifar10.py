@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -293,9 +294,19 @@ def test_the_documented_table_is_made_of_its_cells():
     record = json.loads((DOCS / "studies" / "cifar10" / "cifar10.json").read_text(encoding="utf-8"))
     assert record["trainings"] == result.trainings
     assert sum(kind["cells"] for kind in result.trainings) == sum(row["seeds"] for row in result.rows)
-    for file in (DOCS / "studies" / "cifar10" / "extra").iterdir():
+    resting: dict[str, list[dict[str, float]]] = {}
+    for file in sorted((DOCS / "studies" / "cifar10" / "extra").iterdir()):
         measured = json.loads(file.read_text(encoding="utf-8"))
         assert all(f"{measured[key]:.2f}" in text for key in ("before", "after")), file.name
+        if file.stem.endswith("as_weights"):
+            resting.setdefault(f"{measured['width']}, {measured['method']}", []).append(measured)
+    for kind, seeds in resting.items():
+        if len(seeds) == 3:
+            cells = [
+                f"{fmean(s[key] for s in seeds):.2f} ± {stdev(s[key] for s in seeds):.2f}"
+                for key in ("before", "after")
+            ]
+            assert f"| {' | '.join(cells)} |" in readme, kind
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
