@@ -140,6 +140,10 @@ def _summary(recordings: Sequence[Recording]) -> list[tuple[str, list[str]]]:
         ),
         ("Oscillating weights, peak", lambda r: percent(r.of_all_weights(r.oscillating).max())),
         ("Oscillating weights, end", lambda r: percent(r.of_all_weights(r.oscillating)[-1])),
+        (
+            "Of the last oscillations, by a moving scale",
+            lambda r: "–" if (v := last(r, "scale_caused_percent")) is None else f"{v:.0f}%",  # noqa: RUF001
+        ),
         ("Frozen weights, end", lambda r: percent(r.of_all_weights(r.frozen)[-1])),
     ]
     return [(title, [value(recording) for recording in recordings]) for title, value in rows]
@@ -230,8 +234,8 @@ def _sections(recordings: Sequence[Recording], labels: list[str], steps: Sequenc
             "distances",
             "Distance of latent weights to the grid",
             "Each weight lies between two grid points; 0 is on a grid point, and both edges are the threshold halfway "
-            "between two. Oscillating weights pile up at the edges, frozen and dampened ones do not. Grey: the first "
-            "recording.",
+            "between two. Oscillating weights pile up at the edges; dampening takes weights to 0. Freezing fixes the integer "
+            "only: a frozen weight counts where its latent value lies. Grey: the first recording.",
             [
                 each(
                     lambda r: charts.distances(r, _nearest(r, steps), highest=highest),

@@ -9,7 +9,7 @@ from PIL import Image
 
 from hf_oscqat.report.charts import COLOURS
 from hf_oscqat.report.page import write_report
-from hf_oscqat.report.recording import read_recording
+from hf_oscqat.report.recording import append_row, read_recording
 
 SECTIONS = ["training", "shares", "layers", "paths", "distances", "batchnorm", "scales", "layer-table"]
 
@@ -170,6 +170,14 @@ def test_a_run_of_one_recording_without_log_has_a_page_too(make_recording, tmp_p
     assert "to 1 of 200" in text
     assert 'id="training"' not in text
     assert 'id="shares"' in text
+
+
+def test_what_the_last_oscillations_come_from_is_in_the_table_at_the_top(make_recording, tmp_path):
+    path = make_recording(tmp_path / "run")
+    title = r"Of the last oscillations, by a moving scale</th>\s*<td[^>]*>"
+    assert re.search(f"{title}–<", write_report([path.parent]).read_text(encoding="utf-8"))  # noqa: RUF001
+    append_row(path, {"row": "log", "step": 200, "scalars": {"scale_caused_percent": 97.6}})
+    assert re.search(f"{title}98%<", write_report([path.parent]).read_text(encoding="utf-8"))
 
 
 def test_runs_of_different_models_can_be_compared(make_recording, tmp_path):
