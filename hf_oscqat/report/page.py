@@ -234,8 +234,8 @@ def _sections(recordings: Sequence[Recording], labels: list[str], steps: Sequenc
             "distances",
             "Distance of latent weights to the grid",
             "Each weight lies between two grid points; 0 is on a grid point, and both edges are the threshold halfway "
-            "between two. Oscillating weights pile up at the edges; dampening takes weights to 0. Freezing fixes the integer "
-            "only: a frozen weight counts where its latent value lies. Grey: the first recording.",
+            "between two. Oscillating weights pile up at the edges; dampening takes weights to 0. Freezing fixes "
+            "the integer only: a frozen weight counts where its latent value lies. Grey: the first recording.",
             [
                 each(
                     lambda r: charts.distances(r, _nearest(r, steps), highest=highest),
