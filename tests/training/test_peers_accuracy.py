@@ -120,6 +120,10 @@ def test_rows_of_this_package_differ_in_the_width_of_the_ends(name, ends):
     assert prepared.trains.endswith(f"ends at {ends} bits")
 
 
+of_brevitas = pytest.mark.filterwarnings("ignore")  # brevitas warns of itself on import
+
+
+@of_brevitas
 @pytest.mark.parametrize(("name", "ends"), [("brevitas", 3), ("brevitas-ends-8", 8)])
 def test_rows_of_brevitas_differ_in_the_width_of_the_ends(name, ends):
     pytest.importorskip("brevitas", reason="pip install -e .[bench]")
@@ -129,3 +133,14 @@ def test_rows_of_brevitas_differ_in_the_width_of_the_ends(name, ends):
     assert [int(layer.weight_quant.bit_width()) for layer in layers] == [ends, 3, 3, ends]
     assert layers[0].input_quant.is_quant_enabled == (name == "brevitas")
     assert all(layer.input_quant.is_quant_enabled for layer in layers[1:])
+
+
+@of_brevitas
+@pytest.mark.parametrize("name", ["brevitas", "brevitas-ends-8"])
+def test_brevitas_has_unsigned_inputs_where_none_is_negative(name):
+    pytest.importorskip("brevitas", reason="pip install -e .[bench]")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    layers = peers_accuracy.ROWS[name].prepare(net, torch.randn(4, 3, 8, 8), 3).model
+    signs = [layers[i].input_quant.is_signed for i in (1, 3, 4)]
+    assert signs == [True, False, True]

@@ -15,6 +15,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hf_oscqat.remedies.batchnorm import evaluation_mode
+
 
 class Unavailable(RuntimeError):
     """The library is there and cannot train this model here; the message says why."""
@@ -116,7 +118,8 @@ def brevitas(model: nn.Module, images: Tensor, bits: int, end_bits: int | None =
     """Brevitas: `layerwise_quantize` with its per-tensor integer quantizers, ranges by `calibration_mode`.
 
     W and A at `bits` in every layer, the image included; scales of both learned, started from statistics
-    (`ScalingImplType.PARAMETER_FROM_STATS`; by default the scale of a weight is its maximum anew in each step).
+    (`ScalingImplType.PARAMETER_FROM_STATS`; by default the scale of a weight is its maximum anew in each step). Inputs
+    that are never negative on the images have its unsigned quantizer, as behind its own `QuantReLU`.
     With `end_bits` the first and the last layer have that width and the image stays float, as in this package.
     Source: xilinx.github.io/brevitas, "Getting started" and "Settings".
     """
@@ -124,30 +127,52 @@ def brevitas(model: nn.Module, images: Tensor, bits: int, end_bits: int | None =
     from brevitas.graph.calibrate import calibration_mode
     from brevitas.graph.quantize import layerwise_quantize
     from brevitas.inject.enum import ScalingImplType
-    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat, Uint8ActPerTensorFloat
 
-    def replace(bits: int, but: list[str], *, image: bool = False) -> None:
-        quantizers = {
-            "weight_quant": Int8WeightPerTensorFloat.let(
-                bit_width=bits, scaling_impl_type=ScalingImplType.PARAMETER_FROM_STATS
-            ),
-            "input_quant": None if image else Int8ActPerTensorFloat.let(bit_width=bits),
-            "return_quant_tensor": False,
-        }
-        kinds = {nn.Conv2d: (qnn.QuantConv2d, quantizers), nn.Linear: (qnn.QuantLinear, quantizers)}
-        layerwise_quantize(model, kinds, but)
+    names = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    unsigned = _never_negative(model, names, images)
 
-    if end_bits is not None:
-        # What has been replaced is not replaced again: the ends come first.
-        layers = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-        replace(end_bits, layers[1:], image=True)
-        replace(end_bits, layers[:-1])
-    replace(bits, [])
+    def replace(chosen: list[str], bits: int, *, image: bool = False) -> None:
+        weight = Int8WeightPerTensorFloat.let(bit_width=bits, scaling_impl_type=ScalingImplType.PARAMETER_FROM_STATS)
+        for input_quantizer, own in (
+            (Uint8ActPerTensorFloat, unsigned.intersection(chosen)),
+            (Int8ActPerTensorFloat, set(chosen) - unsigned),
+        ):
+            quantizers = {
+                "weight_quant": weight,
+                "input_quant": None if image else input_quantizer.let(bit_width=bits),
+                "return_quant_tensor": False,
+            }
+            kinds = {nn.Conv2d: (qnn.QuantConv2d, quantizers), nn.Linear: (qnn.QuantLinear, quantizers)}
+            layerwise_quantize(model, kinds, [name for name in names if name not in own])
+
+    if end_bits is None:
+        replace(names, bits)
+    else:
+        replace(names[:1], end_bits, image=True)
+        replace(names[1:-1], bits)
+        replace(names[-1:], end_bits)
     with torch.no_grad(), calibration_mode(model):
         model(images)
     ends = "every layer" if end_bits is None else f"ends at {end_bits} bits"
     trains = f"W{bits}A{bits}, per tensor, learned scales, {ends}"
     return Prepared(model, bits, trains, _named(model, "scaling_impl"))
+
+
+@torch.no_grad()
+def _never_negative(model: nn.Module, names: list[str], images: Tensor) -> set[str]:
+    """Names of the layers whose inputs are never negative on some images."""
+    lowest: dict[str, float] = {}
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda layer, args: lowest.update({name: float(args[0].min())})
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
+    with evaluation_mode(model):
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return {name for name, low in lowest.items() if low >= 0}
 
 
 def with_plain_batchnorm(model: nn.Module) -> nn.Module:
