@@ -38,6 +38,7 @@ from hf_oscqat.integration.optimizer import SCALE_SCHEDULES
 from hf_oscqat.prepare import calibrate, prepare_qat
 from hf_oscqat.remedies.batchnorm import reestimate_batchnorm
 from hf_oscqat.report.pictures import AFTER, BEFORE, FROZEN, OSCILLATING, tidy
+from hf_oscqat.report.recording import FILE, append_row
 from hf_oscqat.studies.base import Study, StudyResult
 from hf_oscqat.studies.small_images import (
     Batches,
@@ -254,6 +255,9 @@ class Cifar10Settings(DataArguments):
     table_only: bool = field(default=False, metadata={"help": "Train nothing; make the table of what there is."})
     compile: bool = field(default=False, metadata={"help": "Train with torch.compile; a CPU needs a C++ compiler."})
     threads: int | None = field(default=None, metadata={"help": "Threads of a CPU. Default: torch's."})
+    record: bool = field(
+        default=False, metadata={"help": "Record each cell that is trained, for `oscqat report`, in recordings/."}
+    )
     scale_lr_scheduler_type: str = field(
         default="constant",
         metadata={"help": "Rate of the scales: constant as published, or as_weights; a table of its own in a folder."},
@@ -388,8 +392,10 @@ class Table:
         best = max(self.trials(cell), key=lambda trial: trial["after"])
         return Trial(best["learning_rate"], best["strength"])
 
-    def measure(self, cell: Cell, trial: Trial, epochs: float, images: Images, draws: int = 1) -> dict[str, Any]:
-        """Train a cell, of the table or not, from the float model, and measure it; writes nothing.
+    def measure(
+        self, cell: Cell, trial: Trial, epochs: float, images: Images, draws: int = 1, record: bool = False
+    ) -> dict[str, Any]:
+        """Train a cell, of the table or not, from the float model, and measure it; writes nothing but a recording.
 
         Args:
             cell: what to train.
@@ -397,16 +403,20 @@ class Table:
             epochs: how long.
             images: to measure accuracy on.
             draws: how often to re-estimate from other batches; `after` is of the first of them, the others are listed.
+            record: see `train`.
 
         Returns:
             What its file is to say.
         """
-        model, trained = self.train(cell, trial, epochs)
+        model, trained = self.train(cell, trial, epochs, record)
         before = accuracy(model, images, self.images.normalise)
         after = []
         for draw in range(draws):
             reestimate_batchnorm(model, self.some_batches(self.budget.reestimation_batches, seed=draw))
             after.append(accuracy(model, images, self.images.normalise))
+        if record:
+            scalars = {"eval_accuracy": after[0] / 100}
+            append_row(self.recording(cell) / FILE, {"row": "log", "step": trained["steps"], "scalars": scalars})
         return {
             **asdict(cell),
             **asdict(trial),
@@ -417,8 +427,14 @@ class Table:
             **trained,
         }
 
-    def train(self, cell: Cell, trial: Trial, epochs: float) -> tuple[nn.Module, dict[str, Any]]:
+    def train(self, cell: Cell, trial: Trial, epochs: float, record: bool = False) -> tuple[nn.Module, dict[str, Any]]:
         """Train a cell, of the table or not, from the float model.
+
+        Args:
+            cell: see `measure`.
+            trial: see `measure`.
+            epochs: see `measure`.
+            record: whether to record it for `oscqat report`.
 
         Returns:
             The model, with batch-norm statistics as trained, and how it was trained.
@@ -450,6 +466,12 @@ class Table:
             scale_learning_rate=b.scale_learning_rate,
             scales_as_weights=b.scale_lr_scheduler_type == "as_weights",
             compiled=self.settings.compile,
+            recording=self.recording(cell) if record else None,
+            about={
+                "model": cell.network,
+                "scheme": cell.width,
+                "remedies": "" if cell.method == "lsq" else f"{cell.method}, {trial.strength:g} at the end",
+            },
         )
         return model, {
             "steps": steps,
@@ -491,7 +513,7 @@ class Table:
             return {**asdict(cell), **asdict(trial), "before": 0.0, "after": 0.0, "diverged": True}
 
     def _train(self, cell: Cell) -> dict[str, Any]:
-        return self.measure(cell, self.best(cell), self.budget.epochs, self.images.test, DRAWS)
+        return self.measure(cell, self.best(cell), self.budget.epochs, self.images.test, DRAWS, self.settings.record)
 
     def _float_model(self, network: str) -> nn.Module:
         if network not in self._float_models:
@@ -571,6 +593,10 @@ class Table:
 
     def _steps(self, epochs: float, batch_size: int) -> int:
         return max(1, round(epochs * (len(self.images.train) // batch_size)))
+
+    def recording(self, cell: Cell) -> Path:
+        """Folder of what is recorded of a cell."""
+        return self.folder / "recordings" / self._file("cells", cell).stem
 
     def _file(self, part: str, cell: Cell) -> Path:
         return self.folder / part / f"{cell.network}-{cell.width}-{cell.method}-{cell.seed}.json"

@@ -8,9 +8,10 @@ indexing, whose result has the channels-last layout that convolutions prefer.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from hf_oscqat.quantization.layers import quantizers
 from hf_oscqat.remedies.base import take_tick
 from hf_oscqat.remedies.batchnorm import evaluation_mode
 from hf_oscqat.remedies.tracker import OscillationTracker
+from hf_oscqat.report.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -239,11 +241,14 @@ def train_on_grid(
     scale_learning_rate: float,
     scales_as_weights: bool = False,
     compiled: bool = False,
+    recording: Path | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> GridTraining:
     """Train a prepared and calibrated model with the remedies of its config, in place; a cosine to 0, no warm-up.
 
     The rate of scales is constant, or with `scales_as_weights` follows that cosine. Batch-norm statistics are left as
-    they are in the end.
+    they are in the end. With `recording`, a folder, what `oscqat report` shows is recorded there; `about` is what it
+    says of the run.
 
     Raises:
         FloatingPointError: if the loss is not finite: the learning rate was too high.
@@ -265,6 +270,9 @@ def train_on_grid(
     forward = _compiled(model) if compiled else model
     tracker = OscillationTracker(model, config.momentum, use_ema=config.use_ema)
     remedies = config.remedies()
+    recorder = None if recording is None else Recorder(model, tracker, recording, total_steps=steps, about=about)
+    if recorder is not None:
+        recorder.begin()
     history: list[dict[str, float]] = []
     model.train()
     start = time.perf_counter()
@@ -275,11 +283,15 @@ def train_on_grid(
         loss = nn.functional.cross_entropy(forward(pixels), labels)
         sum(extra, start=loss).backward()
         take_tick(tracker, remedies, step, steps)
+        if recorder is not None:
+            recorder.tick(step)
         optimizer.step()
         optimizer.zero_grad()
         if step % max(1, steps // POINTS) == 0 or step == steps:
             history.append({"step": step, "loss": loss.item(), **_percentages(tracker)})
             logger.info("step %d of %d: %s", step, steps, {k: round(v, 3) for k, v in history[-1].items()})
+            if recorder is not None:
+                recorder.log(step, {**history[-1], "scale_caused_percent": 100 * tracker.scale_caused_fraction})
             if not math.isfinite(history[-1]["loss"]):
                 raise FloatingPointError(f"got a loss of {loss.item()} at step {step}, expected a finite one")
     seconds = time.perf_counter() - start

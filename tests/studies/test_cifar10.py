@@ -13,6 +13,7 @@ import torch
 
 from hf_oscqat import reestimate_batchnorm
 from hf_oscqat.integration.data import DataArguments
+from hf_oscqat.report.page import write_report
 from hf_oscqat.studies import cifar10, small_images
 from hf_oscqat.studies.base import show, write
 from hf_oscqat.studies.cifar10 import BUDGETS, METHODS, STUDY, Cell, Cifar10Settings, Table, Trial, cells, run
@@ -60,6 +61,22 @@ def test_the_rest_is_filled_without_training_anything_twice(half_done, caplog, t
     caplog.clear()
     assert run(Cifar10Settings(output_dir=str(folder), budget="smoke", table_only=True)).rows == result.rows
     assert not caplog.messages
+
+
+def test_recorded_cells_have_a_report_and_are_trained_no_otherwise(half_done, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(half_done[0], folder)
+    cell = Cell("test_efficientnet", "W3A3", "freezing", 0)
+    before = Table(Cifar10Settings(**SMOKE, output_dir=str(folder))).results(cell)
+    options = {**SMOKE, "methods": ["lsq", "freezing"], "seeds": [0], "again": True, "record": True}
+    run(Cifar10Settings(**options, output_dir=str(folder)))
+    after = Table(Cifar10Settings(**SMOKE, output_dir=str(folder))).results(cell)
+    assert all(before[key] == after[key] for key in ("before", "after", "history", "frozen_percent"))
+    recordings = [folder / "recordings" / f"test_efficientnet-W3A3-{method}-0" for method in ("lsq", "freezing")]
+    assert sorted((folder / "recordings").iterdir()) == sorted(recordings), "of the cells and not of the trials"
+    text = write_report(recordings).read_text(encoding="utf-8")
+    assert "freezing, 0.06 at the end" in text
+    assert f"{after['after']:.2f}%" in text
 
 
 def test_picture_without_the_first_method_has_its_legend_too(half_done):
