@@ -774,6 +774,11 @@ def _draw(found: dict[tuple[str, str, str], list[dict[str, Any] | None]]) -> Fig
         bottom.set_ylim(0, 1.35 * bottom.get_ylim()[1])  # room for the legend
         tidy(top, legend={"title": "re-estimation", "fontsize": 7, "title_fontsize": 7})
         tidy(bottom, legend={"fontsize": 7, "loc": "upper right"})
+    # A point of accuracy is as long in each panel.
+    limits = [top.get_ylim() for top in axes[0]]
+    span = max((high - low for low, high in limits), default=0.0)
+    for top, (low, high) in zip(axes[0], limits, strict=True):
+        top.set_ylim((low + high - span) / 2, (low + high + span) / 2)
     return figure
 
 
