@@ -348,20 +348,23 @@ def one_pass(
     assert first is not None
     if is_traced(first):  # asked first: a question about the size would tie a traced graph to it
         return function(tensors, parameters, bounds, axis, *static)
-    kind = (
-        function,
-        static,
-        axis,
-        torch.get_num_threads(),
-        torch.is_inference_mode_enabled(),
-        first.is_neg(),
-        *[None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors],
-        *[None if p is None else (p.dtype, p.shape) for p in parameters],
-    )
-    call = _calls.get(kind) if _enabled else None
-    if call is not None:
-        return call(tensors, parameters, bounds)
     is_small = first.is_cpu and first.numel() < SMALL
+    kind: tuple[Any, ...] | None = None
+    if _enabled and not is_small and first.dtype in FUSED_DTYPES:
+        kind = (
+            function,
+            static,
+            axis,
+            shaped,
+            torch.get_num_threads(),
+            torch.is_inference_mode_enabled(),
+            first.is_neg(),
+            *[None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors],
+            *[None if p is None else (p.dtype, p.shape) for p in parameters],
+        )
+        call = _calls.get(kind)
+        if call is not None:
+            return call(tensors, parameters, bounds)
     layout = None if is_small else _layout(first)
     # What is written to must not be a copy in another layout.
     copies = (
@@ -383,7 +386,9 @@ def one_pass(
             assert seen is not None
             if len(_calls) >= MAX_CALLS:
                 _calls.clear()
-            _calls[kind] = _Call(launch, seen.shape, seen.stride(), first.shape, first.stride(), first.device, shaped)
+            # Strides as the other ways give them, because torch chooses a convolution's layout by them.
+            stride = _unview(seen, first.shape, layout).stride()
+            _calls[kind] = _Call(launch, seen.shape, seen.stride(), first.shape, stride, first.device, shaped)
     if outputs is None and first.is_cpu and not per_channel and first.numel() > chunk_size():
         outputs = _in_chunks(function, static, views, parameters, bounds, shaped)
     if outputs is None:
@@ -497,6 +502,7 @@ def _compiled(
         return None, None  # too many kinds of shapes for one kernel; the others go on
     except exc.TorchDynamoException as error:
         _without_compiler.add(device.type)
+        _calls.clear()
         logger.warning(
             "quantization goes on without compiled kernels, which makes training slower: install %s, or set "
             "OSCQAT_FUSED_KERNELS=0 to be told no more. torch.compile said: %s",
@@ -570,7 +576,7 @@ class _Call(NamedTuple):
         seen_shape: of the tensors as the kernel sees them; see `_view`.
         seen_stride: the same.
         shape: of the tensors as they are.
-        stride: the same.
+        stride: of the outputs that are shaped like them.
         device: where they are.
         shaped: see `one_pass`.
     """
@@ -844,8 +850,8 @@ def _replace_frozen(x_int: Tensor, frozen_int: Tensor) -> tuple[Tensor, Tensor]:
     Masks in here and in `quantize_backward` are numbers, because on a CPU torch is several times slower with booleans.
     """
     live = frozen_int.clone().eq_(live_sentinel(frozen_int.dtype)).to(x_int.dtype)
-    frozen = frozen_int.to(x_int.dtype)
-    return torch.addcmul(frozen, x_int - frozen, live), live
+    # Exact at both ends, also where an estimator adds noise and a live value is no whole number.
+    return torch.lerp(frozen_int.to(x_int.dtype), x_int, live), live
 
 
 def fake_quantize(

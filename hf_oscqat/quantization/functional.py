@@ -149,8 +149,8 @@ def _replace_frozen(x_int: Tensor, frozen_int: Tensor) -> tuple[Tensor, Tensor]:
     Masks in here and in `quantize_backward` are numbers, because on a CPU torch is several times slower with booleans.
     """
     live = frozen_int.clone().eq_(live_sentinel(frozen_int.dtype)).to(x_int.dtype)
-    frozen = frozen_int.to(x_int.dtype)
-    return torch.addcmul(frozen, x_int - frozen, live), live
+    # Exact at both ends, also where an estimator adds noise and a live value is no whole number.
+    return torch.lerp(frozen_int.to(x_int.dtype), x_int, live), live
 
 
 def fake_quantize(

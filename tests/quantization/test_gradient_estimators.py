@@ -153,6 +153,16 @@ def test_additive_noise_stays_within_half_a_step_and_the_range():
     assert error.var().item() == pytest.approx(1 / 12, rel=0.1)
 
 
+def test_additive_noise_is_as_exact_beside_frozen_weights():
+    x, scale = torch.linspace(-5, 5, 3000, requires_grad=True), torch.tensor([0.05], requires_grad=True)
+    found = []
+    for frozen_int in (None, torch.full((3000,), live_sentinel(torch.int16), dtype=torch.int16)):
+        torch.manual_seed(0)
+        y = fake_quantize(x, scale, None, -128, 127, frozen_int=frozen_int, gradient_estimator="additive_noise")
+        found.append((y, *torch.autograd.grad(y[:1].sum(), (x, scale))))
+    assert all(map(torch.equal, *found))
+
+
 def test_stochastic_rounding_is_right_on_average_and_straight_through():
     x = torch.full((20000,), 1.3 * SCALE, dtype=torch.float64, requires_grad=True)
     scale = torch.tensor([SCALE], dtype=torch.float64, requires_grad=True)

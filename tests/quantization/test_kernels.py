@@ -293,6 +293,7 @@ class TestLaunches:
             "weight of inference": lambda x: torch.inference_mode()(torch.clone)(x),
         }
         scales = [torch.tensor([0.1]), torch.rand(16) + 0.1, nn.Parameter(torch.tensor(0.3)), torch.rand(16, 1) + 0.1]
+        strides: dict[tuple[str, torch.Size, int], tuple[int, ...]] = {}
         for _ in range(3):
             for name, form in forms.items():
                 for scale in scales:
@@ -301,6 +302,7 @@ class TestLaunches:
                         y = self.quantized(x, scale, axis)
                         assert torch.equal(y, self.plain(x, scale, axis)), (name, scale.shape, axis)
                         assert y.shape == x.shape
+                        assert y.stride() == strides.setdefault((name, scale.shape, axis), y.stride()), name
                         if name in ("contiguous", "channels last"):
                             assert y.stride() == x.stride()
         assert 8 <= len(kernels._calls) <= len(forms) * len(scales) * 2
