@@ -308,6 +308,8 @@ SMALL = 2**10
 """Values below which, on a CPU, a call of a compiled kernel costs as much as a dozen operations do."""
 CHUNK = 2**17
 """Values of a chunk for each thread: temporaries fit into the cache, and starting an operation counts for little."""
+MAKE_FX = torch._C._TorchDispatchModeKey.PROXY
+"""What is at work where `make_fx` traces with values."""
 MAX_CALLS = 2**12
 """Kinds of calls that are remembered."""
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -408,6 +410,7 @@ def is_traced(x: Tensor) -> bool:
         or type(x) not in (Tensor, nn.Parameter)
         or in_transform()
         or torch.jit.is_tracing()
+        or torch._C._get_dispatch_mode(MAKE_FX) is not None
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_oscqat import OscillationTracker, dampening_loss, fake_quantize
@@ -334,6 +335,13 @@ class TestLaunches:
         with fused_kernels(False), monkeypatch.context() as patched:
             patched.setattr(kernels._Launch, "__call__", None)
             assert torch.equal(self.quantized(x, scale), self.plain(x, scale))
+
+    def test_tracing_with_values_sees_the_operations(self):
+        scale = torch.tensor([0.1])
+        x, other = torch.randn(2, 50)
+        self.quantized(x, scale)
+        traced = make_fx(lambda x: self.quantized(x, scale), tracing_mode="real")(x)
+        assert torch.equal(traced(other), self.plain(other, scale))
 
     @pytest.mark.parametrize("n", [1, 2, 3, 8, 9])
     def test_few_values(self, n):
