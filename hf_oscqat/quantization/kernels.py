@@ -71,19 +71,9 @@ def one_pass(
     if is_traced(first):  # asked first: a question about the size would tie a traced graph to it
         return function(tensors, parameters, bounds, axis, *static)
     is_small = first.is_cpu and first.numel() < SMALL
-    kind: tuple[Any, ...] | None = None
+    kind = None
     if _enabled and not is_small and first.dtype in FUSED_DTYPES:
-        kind = (
-            function,
-            static,
-            axis,
-            shaped,
-            torch.get_num_threads(),
-            torch.is_inference_mode_enabled(),
-            first.is_neg(),
-            *[None if t is None else (t.dtype, t.device, t.shape, t.stride()) for t in tensors],
-            *[None if p is None else (p.dtype, p.shape) for p in parameters],
-        )
+        kind = _kind_of_call((function, static, axis, shaped), tensors, parameters)
         call = _calls.get(kind)
         if call is not None:
             return call(tensors, parameters, bounds)
@@ -233,6 +223,19 @@ def _compiled(
             " ".join(str(error).split("\n\n")[0].split()),  # what failed, and why; then come hints
         )
         return None, None
+
+
+def _kind_of_call(
+    what: tuple[Any, ...], tensors: Sequence[Tensor | None], parameters: Sequence[Tensor | None]
+) -> tuple[Any, ...]:
+    """Everything that decides how `one_pass` makes a call, but for contents."""
+    return (
+        *what,
+        torch.get_num_threads(),
+        torch.is_inference_mode_enabled(),
+        *[None if t is None else (t.dtype, t.device, t.shape, t.stride(), t.is_neg()) for t in tensors],
+        *[None if p is None else (p.dtype, p.shape) for p in parameters],
+    )
 
 
 def _row(parameter: Tensor) -> Tensor:
