@@ -34,6 +34,8 @@ COLOURS = {
 
 WIDTH = 3.7
 """Inches; with lettering of 7.5 points."""
+WIDEST_LEGEND = 44
+"""Characters of all names in a line of a legend."""
 DASHES = (0, (4, 1.5))
 STYLES = ({"color": FROZEN, "linestyle": "-"}, {"color": OSCILLATING, "linestyle": DASHES})
 """Of the first and the second curve of a chart; not told apart by colour alone."""
@@ -117,14 +119,14 @@ def curves(
     """
     figure, axes = _figure(1.95)
     for curve in series:
-        marker = "o" if len(curve.steps) < 4 else None
-        axes.plot(
-            curve.steps, curve.values, **curve.style, label=curve.name, marker=marker, markersize=3, linewidth=1.4
-        )
+        # Of few points, which a line alone would not show, and the last of which is on the edge.
+        marker: dict[str, Any] = {"marker": "o", "markersize": 3, "clip_on": False} if len(curve.steps) < 4 else {}
+        axes.plot(curve.steps, curve.values, **curve.style, **marker, label=curve.name, linewidth=1.4)
     axes.set(xlabel="optimizer step", ylabel=label, xlim=(0, last_step))
     axes.set_ylim(lowest, highest)
     axes.grid(axis="y")
-    _finish(figure, legend_of=axes if len(series) > 1 else None)
+    fits = sum(len(curve.name) for curve in series) <= WIDEST_LEGEND
+    _finish(figure, legend_of=axes if len(series) > 1 else None, columns=2 if fits else 1)
     return figure
 
 
