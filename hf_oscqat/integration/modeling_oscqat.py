@@ -992,7 +992,9 @@ def quantize_backward(
 
     passed = grad * passes
     grad_x = passed if slope is None else passed * slope
-    grad_scale = _sum_like(torch.addcmul(grad * w_int, grad_x, u, value=-1), s, scale)
+    # The difference is small and exact; that of the products would not be.
+    of_scale = torch.addcmul(w_int, passes if slope is None else passes * slope, u, value=-1)
+    grad_scale = _sum_like(of_scale.mul_(grad), s, scale)
     grad_zero_point: tuple[Tensor, ...] = ()
     if z is not None:
         on_grid = (z.round() >= qmin) & (z.round() <= qmax)

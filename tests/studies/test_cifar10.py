@@ -114,18 +114,18 @@ def test_accuracy_is_the_share_of_images_whose_class_has_the_largest_logit():
 
 
 def test_trials_see_held_out_images_and_cells_the_best_trial_and_test_images(half_done, monkeypatch):
-    table = Table(Cifar10Settings(**SMOKE, output_dir=str(half_done[0])))
+    table = Table(Cifar10Settings(**SMOKE, output_dir=str(half_done[0]), record=True))
     cell = Cell("test_efficientnet", "W3A3", "freezing", 1)
     asked = []
     monkeypatch.setattr(table, "measure", lambda *args: asked.append(args) or {})
     table._try(("test_efficientnet", "W3A3", "freezing"), Trial(0.3, 0.1))
     table._train(cell)
-    (tried, trial, epochs, images), (trained, best, all_epochs, tested, draws) = asked
+    (tried, trial, epochs, images), (trained, best, all_epochs, tested, draws, recorded) = asked
     assert (tried.seed, trial, epochs) == (0, Trial(0.3, 0.1), table.budget.tuning_epochs)
     assert images is table.images.held_out
     trials = {Trial(t["learning_rate"], t["strength"]): t["after"] for t in table.trials(cell)}
     assert trials[best] == max(trials.values())
-    assert (trained, all_epochs, draws) == (cell, table.budget.epochs, cifar10.DRAWS)
+    assert (trained, all_epochs, draws, recorded) == (cell, table.budget.epochs, cifar10.DRAWS, True)
     assert tested is table.images.test
 
 
