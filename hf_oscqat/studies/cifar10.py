@@ -470,7 +470,7 @@ class Table:
             about={
                 "model": cell.network,
                 "scheme": cell.width,
-                "remedies": "" if cell.method == "lsq" else f"{cell.method}, {trial.strength:g} at the end",
+                "remedies": "" if cell.method == "lsq" else f"{cell.method}, {trial.strength or 0.0:g} at the end",
             },
         )
         return model, {

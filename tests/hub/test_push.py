@@ -85,6 +85,15 @@ class TestOneCommit:
         push_folder(folder, REPO, license="apache-2.0" if "apache" in theirs else "mine")
         assert theirs in hub.files(REPO)[CARD].decode()
 
+    def test_licence_is_compared_with_the_card_of_the_branch(self, hub, folder):
+        hub.create(REPO, {CARD: b"---\nlicense: apache-2.0\n---\n"})
+        api = HfApi()
+        api.create_branch(REPO, branch="mine")
+        hub.add_commit(REPO, {CARD: b"---\nlicense: mit\n---\n"}, revision="mine")
+        push_folder(folder, REPO, license="mit", revision="mine")
+        with pytest.raises(CardError, match=r"whose card says 'apache-2.0'"):
+            push_folder(folder, REPO, license="mit")
+
     def test_card_that_begins_with_a_mark_keeps_its_metadata(self, hub, folder):
         hub.create(REPO, {CARD: b"\xef\xbb\xbf---\nlicense: gpl-3.0\ntags: [mine]\n---\nText.\n"})
         push_folder(folder, REPO)
