@@ -87,7 +87,7 @@ def one_pass(
     if layout is None or copies:
         return function(tensors, parameters, bounds, axis, *static)
     per_channel = any(p is not None and p.numel() > 1 for p in parameters)
-    if per_channel and any(p is not None and p.numel() not in (1, first.shape[axis]) for p in parameters):
+    if not _fit(first, tensors, parameters, axis if per_channel else None):
         return function(tensors, parameters, bounds, axis, *static)  # which says what is wrong
     views = [None if t is None else _view(t, layout, axis if per_channel else None) for t in tensors]
     outputs = None
@@ -100,7 +100,7 @@ def one_pass(
                 _calls.clear()
             # Strides as the other ways give them, because torch chooses a convolution's layout by them.
             stride = _unview(seen, first.shape, layout).stride()
-            _calls[kind] = _Call(launch, seen.shape, seen.stride(), first.shape, stride, first.device, shaped)
+            _calls[kind] = _Call(launch, seen.shape, first.shape, stride, first.device, shaped)
     if outputs is None and first.is_cpu and not per_channel and first.numel() > chunk_size():
         outputs = _in_chunks(function, static, views, parameters, bounds, shaped)
     if outputs is None:
@@ -130,6 +130,16 @@ def in_transform() -> bool:
 
 
 # --- One shape for all: values in a row, or in rows per channel ---
+
+
+def _fit(
+    first: Tensor, tensors: Sequence[Tensor | None], parameters: Sequence[Tensor | None], axis: int | None
+) -> bool:
+    """Whether all have the sizes and the device that kernels, which see addresses only, take for granted."""
+    sizes = (1,) if axis is None else (1, first.shape[axis])
+    return all(t is None or (t.shape == first.shape and t.device == first.device) for t in tensors) and all(
+        p is None or (p.numel() in sizes and p.device == first.device) for p in parameters
+    )
 
 
 def _layout(x: Tensor) -> torch.memory_format | None:
@@ -201,7 +211,7 @@ def _compiled(
     shape_class = _shape_class(first.shape)
     launch = kernel.launches.get(shape_class)
     if launch is not None:
-        return launch(arguments), launch
+        return launch(arguments, first.shape), launch
     from torch._dynamo import exc  # most of a second at first, which those who never train need not spend
 
     try:
@@ -210,7 +220,9 @@ def _compiled(
             # result must not depend on what a process has computed before.
             kernel(_examples(arguments, shape_class, len(tensors)))
             launch = kernel.launches.get(shape_class)
-        return (kernel(arguments), kernel.launches.get(shape_class)) if launch is None else (launch(arguments), launch)
+        if launch is None:
+            return kernel(arguments), kernel.launches.get(shape_class)
+        return launch(arguments, first.shape), launch
     except exc.FailOnRecompileLimitHit:
         return None, None  # too many kinds of shapes for one kernel; the others go on
     except exc.TorchDynamoException as error:
@@ -234,7 +246,7 @@ def _kind_of_call(
         torch.get_num_threads(),
         torch.is_inference_mode_enabled(),
         *[None if t is None else (t.dtype, t.device, t.shape, t.stride(), t.is_neg()) for t in tensors],
-        *[None if p is None else (p.dtype, p.shape) for p in parameters],
+        *[None if p is None else (p.dtype, p.device, p.shape) for p in parameters],
     )
 
 
@@ -289,8 +301,13 @@ class _Launch:
         self.run = run
         self.order = order
 
-    def __call__(self, arguments: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        shape = arguments[0].shape  # type: ignore[union-attr]
+    def __call__(self, arguments: Sequence[Tensor | None], shape: Sequence[int]) -> tuple[Tensor, ...]:
+        """Run the kernel, which goes through memory from where each tensor begins, whatever shape a tensor says.
+
+        Args:
+            arguments: dense tensors with their values in the same order, rows of parameters, bounds.
+            shape: of the tensors as the kernel sees them.
+        """
         return tuple(self.run([arguments[i] if i >= 0 else shape[-1 - i] for i in self.order]))
 
 
@@ -300,7 +317,6 @@ class _Call(NamedTuple):
     Attributes:
         launch: of the kernel.
         seen_shape: of the tensors as the kernel sees them; see `_view`.
-        seen_stride: the same.
         shape: of the tensors as they are.
         stride: of the outputs that are shaped like them.
         device: where they are.
@@ -309,7 +325,6 @@ class _Call(NamedTuple):
 
     launch: _Launch
     seen_shape: Sequence[int]
-    seen_stride: Sequence[int]
     shape: Sequence[int]
     stride: Sequence[int]
     device: torch.device
@@ -318,10 +333,8 @@ class _Call(NamedTuple):
     def __call__(
         self, tensors: Sequence[Tensor | None], parameters: Sequence[Tensor | None], bounds: tuple[float, ...]
     ) -> tuple[Tensor, ...]:
-        arguments = [None if t is None else t.as_strided(self.seen_shape, self.seen_stride) for t in tensors]
-        arguments += [None if p is None else _row(p) for p in parameters]
-        arguments.append(_on_device(bounds, self.device))
-        outputs = self.launch(arguments)
+        rows = [None if p is None else _row(p) for p in parameters]
+        outputs = self.launch((*tensors, *rows, _on_device(bounds, self.device)), self.seen_shape)
         of_tensors = [output.as_strided(self.shape, self.stride) for output in outputs[: self.shaped]]
         return (*of_tensors, *outputs[self.shaped :])
 
@@ -364,8 +377,9 @@ class _Kernel:
 
         # What comes from this cache is not shown to `inner_compile`; the kernels themselves have one of their own.
         # Division is to round as in eager mode, which Triton's does not by default: packing rounds in eager mode.
-        exact = inductor.patch({"eager_numerics.division_rounding": True})
-        with config.patch(enable_autograd_cache=False), exact:
+        # Sizes are not asserted in each call: they are in the keys, and tensors come in the shape that they have.
+        options = {"eager_numerics.division_rounding": True, "size_asserts": False}
+        with config.patch(enable_autograd_cache=False), inductor.patch(options):
             return compile_fx(graph, example_inputs, inner_compile=self._record)
 
     def _record(self, *args: Any, **kwargs: Any) -> Any:

@@ -178,9 +178,12 @@ class OscillationState(nn.Module):
 
     def grid(self, quantizer: Quantizer) -> tuple[list[Tensor], list[Tensor]]:
         """Scale and zero-point, if there is one, of the last tick; and those of the quantizer now."""
-        if self.previous_zero_point is None or quantizer.zero_point is None:
-            return [self.previous_scale], [quantizer.scale]
-        return [self.previous_scale, self.previous_zero_point], [quantizer.scale, quantizer.zero_point]
+        previous, zero_point = self._buffers, quantizer.zero_point
+        previous_scale, previous_zero_point = previous["previous_scale"], previous["previous_zero_point"]
+        assert previous_scale is not None
+        if previous_zero_point is None or zero_point is None:
+            return [previous_scale], [quantizer.scale]
+        return [previous_scale, previous_zero_point], [quantizer.scale, zero_point]
 
     def count_total(self) -> None:
         """Count every oscillation of every weight from now on."""
@@ -277,10 +280,12 @@ class OscillationTracker:
             events.append(state.events)
             for grids, its in zip((before, now), state.grid(quantizer), strict=True):
                 grids += its
-            quantizer.has_frozen |= threshold > 0
+            if threshold > 0 and not quantizer.has_frozen:
+                quantizer.has_frozen = True
         if events:
             torch._foreach_copy_(before, now)
-            torch._foreach_lerp_(events, torch._foreach_div(counts, sizes), self.momentum)
+            torch._foreach_div_(counts, sizes)
+            torch._foreach_lerp_(events, counts, self.momentum)
 
     @property
     def num_weights(self) -> int:

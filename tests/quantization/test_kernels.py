@@ -164,6 +164,27 @@ def test_one_kernel_takes_any_shape_and_any_bounds(way, monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled <= 2
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"frozen_int": torch.zeros(4999, dtype=torch.int8)}, "size of tensor"),
+        ({"scale": torch.ones(3)}, "size of tensor|invalid for input"),
+        ({"scale": torch.ones(1, device="meta")}, "device"),
+    ],
+    ids=["frozen integers of another size", "scales of another number", "scale on another device"],
+)
+def test_what_does_not_fit_never_reaches_a_kernel(wrong, says):
+    x, right = torch.randn(5000), {"scale": torch.tensor([0.1]), "frozen_int": torch.zeros(5000, dtype=torch.int8)}
+
+    def run(scale, frozen_int):
+        return one_pass(quantize, (x, frozen_int, None), (scale, None), BOUNDS, static=(STRAIGHT_THROUGH, None))
+
+    for _ in range(2):
+        run(**right)  # remembered from here on
+        with pytest.raises(RuntimeError, match=says):
+            run(**{**right, **wrong})
+
+
 def test_float64_is_left_as_it_is(monkeypatch):
     monkeypatch.setattr(kernels, "_compiled", None)
     monkeypatch.setattr(kernels, "_in_chunks", None)
