@@ -2,8 +2,9 @@
 
 The unit is one training, a cell: network, width, method and seed. Each writes a file of its own when it is done, and
 the table is made of the files that there are. So a table that was stopped goes on where it was, several processes may
-fill one together, and parts may be trained on other machines. A cell measures accuracy before and after batch-norm
-re-estimation: plain LSQ and LSQ with re-estimation are one training.
+fill one together, and parts may be trained on other machines. The float model, which takes longest, goes on after the
+last twentieth of its training that was completed. A cell measures accuracy before and after batch-norm re-estimation:
+plain LSQ and LSQ with re-estimation are one training.
 
 Each method gets as many trials, on images held out of the training split; the best learning rate and strength, by
 accuracy after re-estimation, are what its cells train with.
@@ -14,7 +15,6 @@ import json
 import logging
 import os
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import date
@@ -46,6 +46,7 @@ from hf_oscqat.studies.small_images import (
     SmallImages,
     accuracy,
     load_small_images,
+    read_about,
     train_float,
     train_on_grid,
     training_batches,
@@ -530,26 +531,29 @@ class Table:
             model = model.to(self.settings.torch_device, memory_format=torch.channels_last)
             with self._lock(file, -1):
                 if self._read(file) is None:
-                    self._write(file, self._train_float(model, network, weights))
+                    stopped = file.with_suffix(".stopped")
+                    self._write(file, self._train_float(model, network, weights, stopped))
+                    stopped.unlink(missing_ok=True)
             model.load_state_dict(load_file(weights))
             self._float_models[network] = model.eval()
         return self._float_models[network]
 
-    def _train_float(self, model: nn.Module, network: str, weights: Path) -> dict[str, Any]:
+    def _train_float(self, model: nn.Module, network: str, weights: Path, stopped: Path) -> dict[str, Any]:
         b = self.budget
         steps = self._steps(b.float_epochs, b.float_batch_size)
         logger.info("float training of %s, %d steps", network, steps)
-        batches = self._batches(b.float_batch_size, seed=0)
-        start = time.perf_counter()
-        train_float(
+        if stopped.is_file():
+            self._check_protocol(stopped, json.loads(read_about(stopped)["protocol"]), network)
+        seconds = train_float(
             model,
-            batches,
+            self._batches(b.float_batch_size, seed=0),
             steps,
             learning_rate=b.float_learning_rate,
             weight_decay=b.float_weight_decay,
             compiled=self.settings.compile,
+            progress=stopped,
+            about={"protocol": json.dumps(self._protocol("float", network))},
         )
-        seconds = time.perf_counter() - start
         weights.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
         return {
@@ -613,16 +617,19 @@ class Table:
     def _read(self, file: Path) -> dict[str, Any] | None:
         if not file.is_file():
             return None
-        content = json.loads(file.read_text(encoding="utf-8"))
-        own = self._protocol(file.parent.name, content["network"])
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        self._check_protocol(file, content["protocol"], content["network"])
+        return content
+
+    def _check_protocol(self, file: Path, written: dict[str, Any], network: str) -> None:
+        own = self._protocol(file.parent.name, network)
         # What the protocol did not name when a file was written was as it is by default now.
-        its = {key: content["protocol"].get(key, _DEFAULTS.get(key)) for key in own}
+        its = {key: written.get(key, _DEFAULTS.get(key)) for key in own}
         if differing := [f"{key}={its[key]!r} and not {own[key]!r}" for key in sorted(own) if its[key] != own[key]]:
             raise ValueError(
                 f"got {file}, made with {', '.join(differing)}, expected results of one protocol in a folder: choose "
                 "another --output_dir, --budget or --scale_lr_scheduler_type"
             )
-        return content
 
     def _write(self, file: Path, content: dict[str, Any]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_oscqat.config import OscQATConfig
@@ -35,7 +37,9 @@ PADDING = 4
 """Pixels of black around an image before a random crop of its own size."""
 
 POINTS = 20
-"""How many times a training on the grid notes its oscillations."""
+"""How many times a training on the grid notes its oscillations, and one in float what it goes on from if stopped."""
+
+STEP, SECONDS = "step", "seconds"
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 """Images `[N, 3, size, size]`, normalised, and labels `[N]`."""
@@ -187,8 +191,24 @@ def train_float(
     learning_rate: float,
     weight_decay: float,
     compiled: bool = False,
-) -> nn.Module:
-    """Train with SGD, Nesterov's momentum, a tenth of the steps for warm-up and a cosine to 0 after it; in place."""
+    progress: Path | None = None,
+    about: Mapping[str, str] | None = None,
+) -> float:
+    """Train with SGD, Nesterov's momentum, a tenth of the steps for warm-up and a cosine to 0 after it; in place.
+
+    Args:
+        model: to train; one that draws random numbers in a step is not continued exactly.
+        batches: the same ones from the beginning, also where an earlier training is continued.
+        steps: how many, those of an earlier training included.
+        learning_rate: at its peak.
+        weight_decay: of all parameters.
+        compiled: whether to train with torch.compile.
+        progress: file that a training which was stopped is continued from; written now and then.
+        about: what to write into that file besides.
+
+    Returns:
+        Seconds of all steps, those of an earlier training included.
+    """
     forward = _compiled(model) if compiled else model
     optimizer = torch.optim.SGD(
         model.parameters(), lr=learning_rate, momentum=0.9, weight_decay=weight_decay, nesterov=True
@@ -198,17 +218,59 @@ def train_float(
     def factor(step: int) -> float:
         return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    done, seconds = 0, 0.0
+    if progress is not None and progress.is_file():
+        done, seconds = _continue(model, optimizer, progress)
+        logger.info("going on after float step %d of %d", done, steps)
     model.train()
-    for step, (pixels, labels) in enumerate(islice(batches, steps), start=1):
+    remaining = islice(batches, done, steps)
+    start = time.perf_counter() - seconds
+    for step, (pixels, labels) in enumerate(remaining, start=done + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * factor(step - 1)
         loss = nn.functional.cross_entropy(forward(pixels), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
         if step % max(1, steps // POINTS) == 0:
             logger.info("float step %d of %d: loss %.3f", step, steps, loss.item())
-    return model.eval()
+            if progress is not None:
+                _keep(
+                    model,
+                    optimizer,
+                    progress,
+                    {**(about or {}), STEP: str(step), SECONDS: str(time.perf_counter() - start)},
+                )
+    seconds = time.perf_counter() - start
+    model.eval()
+    return seconds
+
+
+def _keep(model: nn.Module, optimizer: torch.optim.SGD, file: Path, about: dict[str, str]) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".new")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, about)
+    beside.replace(file)
+
+
+def _continue(model: nn.Module, optimizer: torch.optim.SGD, file: Path) -> tuple[int, float]:
+    """Load what `_keep` wrote, and return the steps that were taken and the seconds that they took."""
+    tensors = load_file(file)
+    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
+    for name, parameter in model.named_parameters():
+        momentum = torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"momentum.{name}"])
+        optimizer.state[parameter]["momentum_buffer"] = momentum
+    about = read_about(file)
+    return int(about[STEP]), float(about[SECONDS])
+
+
+def read_about(file: Path) -> dict[str, str]:
+    """What a file of a training that was stopped says besides its tensors."""
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The table of accuracies on small images, whole but tiny: it is filled in parts, and says what is missing."""
 
 import csv
+import dataclasses
 import json
 import logging
 import math
@@ -239,6 +240,37 @@ def test_a_cell_that_diverges_does_not_keep_the_others_from_being_trained(half_d
     with pytest.raises(ValueError, match="training of test_efficientnet-W3A3-freezing-1 diverged: got a loss of nan"):
         run(Cifar10Settings(**options))
     assert (folder / "cells" / "test_efficientnet-W3A3-lsq-1.json").is_file()
+
+
+def test_a_float_training_that_was_stopped_goes_on_where_it_was(half_done, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="hf_oscqat.studies.small_images")
+    options = {**SMOKE, "output_dir": str(tmp_path)}
+    taken = []
+
+    def stopped_before_the_sixth(*args):
+        for batch in training_batches(*args):
+            if len(taken) == 5:
+                raise KeyboardInterrupt
+            taken.append(batch)
+            yield batch
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cifar10, "training_batches", stopped_before_the_sixth)
+        with pytest.raises(KeyboardInterrupt):
+            run(Cifar10Settings(**options))
+    (kept,) = (tmp_path / "float").iterdir()
+    with monkeypatch.context() as patched:
+        faster = dataclasses.replace(BUDGETS["smoke"], float_learning_rate=0.07)
+        patched.setitem(BUDGETS, "smoke", faster)
+        with pytest.raises(ValueError, match=r"made with float_learning_rate=0.05 and not 0.07"):
+            run(Cifar10Settings(**options))
+    assert kept.is_file()
+    Table(Cifar10Settings(**options))._float_model("test_efficientnet")
+    assert caplog.messages[5:7] == ["going on after float step 5 of 8", caplog.messages[6]]
+    assert caplog.messages[6].startswith("float step 6 of 8")
+    assert not kept.exists()
+    once = half_done[0] / "float" / "test_efficientnet.safetensors"
+    assert (tmp_path / "float" / once.name).read_bytes() == once.read_bytes()
 
 
 def test_nothing_is_trained_again_under_another_protocol_and_nothing_is_lost(half_done):
