@@ -1,6 +1,7 @@
 """Other libraries at the same work, on digits: our own row, one that is missing, and one that was traced."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from benchmarks.peers_accuracy import TracedModel, main
 from hf_oscqat.quantization.kernels import fused_kernels
 from hf_oscqat.quantization.layers import quantized_layers
 
+DOCS = Path(__file__).parents[2] / "docs"
 SMOKE = ["--dataset_name", "digits", "--budget", "smoke", "--max_eval_samples", "40", "--epochs", "1"]
 
 
@@ -40,6 +42,30 @@ def diverging(model, images, bits):
     prepared = bench.ours(model, images, bits)
     model.register_forward_hook(lambda module, args, output: output * (float("nan") if module.training else 1))
     return prepared
+
+
+@pytest.mark.parametrize("name", ["peers.json", "peers_10_epochs.json"])
+def test_the_documented_rows_are_those_of_the_files(name):
+    widths = json.loads((DOCS / "studies" / "cifar10" / name).read_text(encoding="utf-8"))["widths"]
+    documented = [
+        [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in (DOCS / "results.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    ]
+    rows = [row for record in widths.values() for row in record["rows"].values() if "before" in row]
+    assert len(rows) >= 6
+    for row in rows:
+        low, high = (f"{1000 * seconds:.0f}" for seconds in row["step_quartiles_s"])
+        assert [
+            f"{row['before']:.2f}",
+            f"{row['after']:.2f}" if "after" in row else "",
+            f"{row['loss']:.3f}",
+            f"{1000 * row['step_median_s']:.0f} ({low} to {high})",
+            f"{row['peak_bytes'] / 1e6:.1f}",
+            f"{row['state_dict_bytes']:,}",
+            f"{row['packed_bytes']:,}" if "packed_bytes" in row else "",
+            row["trains"],
+        ] in documented
 
 
 def test_rows_are_trained_or_say_why_not(study, tmp_path, capsys, monkeypatch):
