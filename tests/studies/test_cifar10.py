@@ -338,6 +338,17 @@ def test_the_documented_table_is_made_of_its_cells():
         rows = {r["method"]: r for r in result.rows if (r["network"], r["width"]) == (network, width)}
         line = " | ".join(f"{rows[method]['before']} | {rows[method]['after']}" for method in METHODS)
         assert f"| {network[9:11].upper()}, {width} | {line} |" in readme
+    table = Table(Cifar10Settings(output_dir=str(DOCS / "studies" / "cifar10"), budget="cpu", table_only=True))
+    over_draws = []
+    for method in METHODS:
+        found = [table.results(Cell("mobilenetv2_035", "W3A3", method, seed)) for seed in range(3)]
+        means = [fmean([cell["after"], *cell["after_other_draws"]]) for cell in found]
+        assert all(
+            f"| {mean:.2f} | {', '.join(f'{d:.2f}' for d in c['after_other_draws'])} |" in text
+            for mean, c in zip(means, found, strict=True)
+        )
+        over_draws.append(f"{fmean(means):.2f} ± {stdev(means):.2f}")
+    assert f"| the same, five draws | | {' | | '.join(over_draws)} |" in readme
     with (DOCS / "studies" / "cifar10" / "cifar10.csv").open(newline="", encoding="utf-8") as file:
         assert list(csv.DictReader(file)) == [{key: str(value) for key, value in row.items()} for row in result.rows]
     record = json.loads((DOCS / "studies" / "cifar10" / "cifar10.json").read_text(encoding="utf-8"))
