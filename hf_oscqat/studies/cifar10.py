@@ -235,7 +235,7 @@ BUDGETS: dict[str, Budget] = {
 }
 
 BUDGETS["cpu_large"] = replace(
-    # As "cpu", with a network of seven times the arithmetic: a better float model. Six hours of two cores.
+    # As "cpu", with a network of seven times the arithmetic: a better float model. Some eight hours of two cores.
     BUDGETS["cpu"],
     networks={"mobilenetv2_050": Network(("W3A3",), stem_stride=1, model_args={"output_stride": 16})},
 )
