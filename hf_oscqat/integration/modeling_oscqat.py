@@ -380,7 +380,8 @@ def one_pass(
                 _calls.clear()
             # Strides as the other ways give them, because torch chooses a convolution's layout by them.
             stride = _unview(seen, first.shape, layout).stride()
-            _calls[kind] = _Call(launch, seen.shape, first.shape, stride, first.device, shaped)
+            seen_stride = None if all(map(_is_own, static)) else seen.stride()
+            _calls[kind] = _Call(launch, seen.shape, seen_stride, first.shape, stride, first.device, shaped)
     if outputs is None and first.is_cpu and not per_channel and first.numel() > chunk_size():
         outputs = _in_chunks(function, static, views, parameters, bounds, shaped)
     if outputs is None:
@@ -517,6 +518,15 @@ def _compiled(
         return None, None
 
 
+def _is_own(value: object) -> bool:
+    """Whether the class of something is Python's or this package's.
+
+    A gradient estimator of somebody else may hand tensors to operators that torch's compiler calls as they are, and
+    which look at a tensor's shape; what is written here becomes loops over memory.
+    """
+    return type(value).__module__.partition(".")[0] in ("builtins", __name__.partition(".")[0])
+
+
 def _kind_of_call(
     what: tuple[Any, ...], tensors: Sequence[Tensor | None], parameters: Sequence[Tensor | None]
 ) -> tuple[Any, ...]:
@@ -582,7 +592,7 @@ class _Launch:
         self.order = order
 
     def __call__(self, arguments: Sequence[Tensor | None], shape: Sequence[int]) -> tuple[Tensor, ...]:
-        """Run the kernel, which goes through memory from where each tensor begins, whatever shape a tensor says.
+        """Run the kernel.
 
         Args:
             arguments: dense tensors with their values in the same order, rows of parameters, bounds.
@@ -597,6 +607,7 @@ class _Call(NamedTuple):
     Attributes:
         launch: of the kernel.
         seen_shape: of the tensors as the kernel sees them; see `_view`.
+        seen_stride: the same; None where the kernel goes through memory from where a tensor begins.
         shape: of the tensors as they are.
         stride: of the outputs that are shaped like them.
         device: where they are.
@@ -605,6 +616,7 @@ class _Call(NamedTuple):
 
     launch: _Launch
     seen_shape: Sequence[int]
+    seen_stride: Sequence[int] | None
     shape: Sequence[int]
     stride: Sequence[int]
     device: torch.device
@@ -613,6 +625,8 @@ class _Call(NamedTuple):
     def __call__(
         self, tensors: Sequence[Tensor | None], parameters: Sequence[Tensor | None], bounds: tuple[float, ...]
     ) -> tuple[Tensor, ...]:
+        if self.seen_stride is not None:
+            tensors = [None if t is None else t.as_strided(self.seen_shape, self.seen_stride) for t in tensors]
         rows = [None if p is None else _row(p) for p in parameters]
         outputs = self.launch((*tensors, *rows, _on_device(bounds, self.device)), self.seen_shape)
         of_tensors = [output.as_strided(self.shape, self.stride) for output in outputs[: self.shaped]]

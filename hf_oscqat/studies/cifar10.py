@@ -11,6 +11,7 @@ accuracy after re-estimation, are what its cells train with.
 """
 
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -519,7 +520,7 @@ class Table:
     def _float_model(self, network: str) -> nn.Module:
         if network not in self._float_models:
             file = self.folder / "float" / f"{network}.json"
-            weights = file.with_suffix(".safetensors")
+            weights, stopped = file.with_suffix(".safetensors"), file.with_suffix(".stopped")
             torch.manual_seed(0)
             adapted = self.budget.networks[network]
             model = timm.create_model(network, num_classes=self.images.classes, **adapted.model_args)
@@ -531,9 +532,8 @@ class Table:
             model = model.to(self.settings.torch_device, memory_format=torch.channels_last)
             with self._lock(file, -1):
                 if self._read(file) is None:
-                    stopped = file.with_suffix(".stopped")
                     self._write(file, self._train_float(model, network, weights, stopped))
-                    stopped.unlink(missing_ok=True)
+                stopped.unlink(missing_ok=True)
             model.load_state_dict(load_file(weights))
             self._float_models[network] = model.eval()
         return self._float_models[network]
@@ -542,8 +542,16 @@ class Table:
         b = self.budget
         steps = self._steps(b.float_epochs, b.float_batch_size)
         logger.info("float training of %s, %d steps", network, steps)
+        labels = hashlib.sha256(self.images.train.labels.cpu().numpy().tobytes()).hexdigest()
+        about = {"steps": str(steps), "labels": labels}
         if stopped.is_file():
-            self._check_protocol(stopped, json.loads(read_about(stopped)["protocol"]), network)
+            written = read_about(stopped)
+            self._check_protocol(stopped, json.loads(written["protocol"]), network)
+            if differing := [key for key, value in about.items() if written[key] != value]:
+                raise ValueError(
+                    f"got {stopped}, a training with other {' and '.join(differing)} that was stopped, expected one "
+                    "with the same images: choose another --output_dir, or delete it to begin anew"
+                )
         seconds = train_float(
             model,
             self._batches(b.float_batch_size, seed=0),
@@ -552,7 +560,7 @@ class Table:
             weight_decay=b.float_weight_decay,
             compiled=self.settings.compile,
             progress=stopped,
-            about={"protocol": json.dumps(self._protocol("float", network))},
+            about={"protocol": json.dumps(self._protocol("float", network)), **about},
         )
         weights.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -249,7 +249,8 @@ def train_float(
 def _keep(model: nn.Module, optimizer: torch.optim.SGD, file: Path, about: dict[str, str]) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
-        tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
+        if (momentum := optimizer.state[parameter].get("momentum_buffer")) is not None:  # it had a gradient
+            tensors[f"momentum.{name}"] = momentum
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(".new")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, about)
@@ -261,16 +262,27 @@ def _continue(model: nn.Module, optimizer: torch.optim.SGD, file: Path) -> tuple
     tensors = load_file(file)
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
     for name, parameter in model.named_parameters():
-        momentum = torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"momentum.{name}"])
-        optimizer.state[parameter]["momentum_buffer"] = momentum
+        if (kept := tensors.get(f"momentum.{name}")) is not None:
+            momentum = torch.empty_like(parameter, requires_grad=False).copy_(kept)
+            optimizer.state[parameter]["momentum_buffer"] = momentum
     about = read_about(file)
     return int(about[STEP]), float(about[SECONDS])
 
 
 def read_about(file: Path) -> dict[str, str]:
-    """What a file of a training that was stopped says besides its tensors."""
-    with safe_open(file, "pt") as opened:
-        return opened.metadata() or {}
+    """What a file of a training that was stopped says besides its tensors.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"got {file}, which cannot be read: {error}; expected what a float training was at when it was stopped: "
+            "delete it to begin anew"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,24 @@ def test_tick_runs_one_kernel_for_each_layer(make_prepared, monkeypatch):
     assert calls == [track] * len(tracker.layers)
 
 
+class Searching(GradientEstimator):
+    """Somebody else's, with an operator that torch's compiler leaves as it is."""
+
+    has_slope = True
+
+    def slope(self, distance, grad, levels):
+        return 1 + torch.searchsorted(torch.linspace(-2, 2, 9), grad.contiguous()).to(grad.dtype)
+
+
+def test_estimators_of_others_see_the_same_tensors_in_every_call():
+    torch.manual_seed(0)
+    x, grad = (torch.randn(16, 12, 10, 10).to(memory_format=torch.channels_last) for _ in range(2))
+    tensors, parameters, static = (x, grad, None, None), (torch.tensor([0.1]), None), (Searching(), None)
+    for _ in range(3):
+        grads = one_pass(quantize_backward, tensors, parameters, BOUNDS, static=static)
+        assert_same(grads, quantize_backward(tensors, parameters, BOUNDS, 0, *static), rtol=1e-4)
+
+
 @pytest.mark.parametrize("way", ["compiled"], indirect=True)
 class TestLaunches:
     """From the second call on, a compiled kernel is called around torch.compile."""

@@ -265,9 +265,20 @@ def test_a_float_training_that_was_stopped_goes_on_where_it_was(half_done, tmp_p
         with pytest.raises(ValueError, match=r"made with float_learning_rate=0.05 and not 0.07"):
             run(Cifar10Settings(**options))
     assert kept.is_file()
+    with pytest.raises(ValueError, match="a training with other steps and labels that was stopped, expected"):
+        run(Cifar10Settings(**options, max_train_samples=80))
+    damaged = kept.with_name("copy")
+    kept.rename(damaged)
+    kept.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"stopped, which cannot be read: .*: delete it"):
+        run(Cifar10Settings(**options))
+    damaged.rename(kept)
+    caplog.clear()
     Table(Cifar10Settings(**options))._float_model("test_efficientnet")
-    assert caplog.messages[5:7] == ["going on after float step 5 of 8", caplog.messages[6]]
-    assert caplog.messages[6].startswith("float step 6 of 8")
+    assert caplog.messages[0] == "going on after float step 5 of 8"
+    assert [message.partition(":")[0] for message in caplog.messages[1:]] == [
+        f"float step {n} of 8" for n in (6, 7, 8)
+    ]
     assert not kept.exists()
     once = half_done[0] / "float" / "test_efficientnet.safetensors"
     assert (tmp_path / "float" / once.name).read_bytes() == once.read_bytes()
