@@ -334,7 +334,8 @@ def test_results_of_another_protocol_are_refused(half_done):
 
 def test_the_documented_table_is_made_of_its_cells():
     result = run(Cifar10Settings(output_dir=str(DOCS / "studies" / "cifar10"), budget="cpu", table_only=True))
-    text = (DOCS / "results.md").read_text(encoding="utf-8")
+    pages = (DOCS / "results.md", DOCS / "studies" / "cifar10.md")
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     for row in result.rows:
         assert row["missing_seeds"] in text

@@ -49,7 +49,8 @@ def test_the_documented_rows_are_those_of_the_files(name):
     widths = json.loads((DOCS / "studies" / "cifar10" / name).read_text(encoding="utf-8"))["widths"]
     documented = [
         [cell.strip() for cell in line.split("|")[2:-1]]
-        for line in (DOCS / "results.md").read_text(encoding="utf-8").splitlines()
+        for page in (DOCS / "results.md", DOCS / "studies" / "cifar10.md")
+        for line in page.read_text(encoding="utf-8").splitlines()
         if line.startswith("|")
     ]
     rows = [row for record in widths.values() for row in record["rows"].values() if "before" in row]
