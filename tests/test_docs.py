@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = sorted(path for folder in (".", "docs", "docs/studies", "model_cards") for path in (REPOSITORY / folder).glob("*.md"))
+FOLDERS = (".", "docs", "docs/studies", "model_cards")
+PAGES = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).glob("*.md"))
 
 
 def anchors(page):

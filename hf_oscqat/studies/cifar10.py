@@ -4,7 +4,8 @@ The unit is one training, a cell: network, width, method and seed. Each writes a
 the table is made of the files that there are. So a table that was stopped goes on where it was, several processes may
 fill one together, and parts may be trained on other machines. The float model, which takes longest, goes on after the
 last twentieth of its training that was completed. A cell measures accuracy before and after batch-norm re-estimation:
-plain LSQ and LSQ with re-estimation are one training.
+plain LSQ and LSQ with re-estimation are one training. Of several draws of batches to re-estimate from, the table
+has the mean.
 
 Each method gets as many trials, on images held out of the training split; the best learning rate and strength, by
 accuracy after re-estimation, are what its cells train with.
@@ -704,7 +705,7 @@ def _row(
     kind: tuple[str, str, str], results: list[dict[str, Any] | None], trials: list[dict[str, Any]]
 ) -> dict[str, Any]:
     best = max(trials, key=lambda trial: trial["after"], default=None)
-    there = [result for result in results if result is not None]
+    there = [result | {"after": fmean(_reestimated(result))} for result in results if result is not None]
     for key in ("learning_rate", "strength", "images", "steps"):
         found = dict.fromkeys(result[key] for result in there)
         if len(found) > 1:
@@ -722,6 +723,7 @@ def _row(
         return f"{fmean(values):.{digits}f}{spread}"
 
     network, width, method = kind
+    deviations = [stdev(draws) for result in results if result is not None and len(draws := _reestimated(result)) > 1]
     return {
         "network": network,
         "width": width,
@@ -729,7 +731,7 @@ def _row(
         "seeds": len(there),
         "before": summary("before"),
         "after": summary("after"),
-        "deviation_of_draws": _deviation_of_draws(there),
+        "deviation_of_draws": f"{fmean(deviations):.2f}" if deviations else "",
         "oscillating_percent": summary("oscillating_percent", 3),
         "scale_caused_percent": summary("scale_caused_percent", 0),
         "frozen_percent": summary("frozen_percent"),
@@ -739,10 +741,9 @@ def _row(
     }
 
 
-def _deviation_of_draws(results: list[dict[str, Any]]) -> str:
-    """Standard deviation of `after` over draws of batches to re-estimate from, the mean over cells that have some."""
-    found = [stdev([result["after"], *others]) for result in results if (others := result.get("after_other_draws"))]
-    return f"{fmean(found):.2f}" if found else ""
+def _reestimated(result: dict[str, Any]) -> list[float]:
+    """Accuracy of a cell re-estimated from each draw of batches that it was measured with."""
+    return [result["after"], *result.get("after_other_draws", [])]
 
 
 def _trial(trial: dict[str, Any], is_best: bool) -> str:
@@ -752,7 +753,10 @@ def _trial(trial: dict[str, Any], is_best: bool) -> str:
 
 
 def _draw(found: dict[tuple[str, str, str], list[dict[str, Any] | None]]) -> Figure:
-    there = {kind: [r for r in results if r is not None] for kind, results in found.items()}
+    there = {
+        kind: [r | {"after": fmean(_reestimated(r))} for r in results if r is not None]
+        for kind, results in found.items()
+    }
     panels = [panel for panel in dict.fromkeys(kind[:2] for kind in there) if any(there[(*panel, m)] for m in METHODS)]
     if len(panels) == 1:
         figure = Figure(figsize=(8.6, 3.2), dpi=150, layout="constrained")
