@@ -145,10 +145,18 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Nam
     inspect.add_argument("--revision", help="branch, tag or commit of a Hub id")
     for option, default in (("--weight-bits", 4), ("--activation-bits", 4), ("--first-last-bits", 8)):
         inspect.add_argument(
-            option, type=_bits, default=default, metavar="BITS", help="of a timm model: 2 to 8, or float"
+            option,
+            type=_bits,
+            default=argparse.SUPPRESS,
+            metavar="BITS",
+            help=f"of a timm model: 2 to 8, or float; by default {default}",
         )
     inspect.add_argument(
-        "--modules-to-not-convert", nargs="+", default=[], metavar="PATTERN", help="layers that stay float"
+        "--modules-to-not-convert",
+        nargs="+",
+        default=argparse.SUPPRESS,
+        metavar="PATTERN",
+        help="layers of a timm model that stay float",
     )
 
     study = commands.add_parser(
@@ -166,6 +174,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.open_pr:
         folder, subset, other = Path(args.source).is_dir(), args.max_samples is not None, args.dataset is not None
         verify.check_proposable(folder=folder, subset=subset, other_data=other)
+        if args.revision is not None:
+            raise ValueError(
+                f"got --revision {args.revision} with --open-pr, expected the newest commit, beside whose weights the "
+                "numbers will stand: leave --revision out"
+            )
         check_push(args.source, create_pr=True)
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise ValueError(f"got --json {args.json}, expected a file in a folder that exists")
@@ -206,11 +219,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     record = json.dumps(result.to_dict(), indent=4)
     if args.json:
         Path(args.json).write_text(record + "\n", encoding="utf-8")
+    console.out(f"--result\n{record}", highlight=False)
     if args.open_pr:
         pushed = verify.propose_results(result)
         said = "the card has these values already" if pushed is None else f"pull request: {pushed.url}"
         console.print(said, highlight=False, markup=False, soft_wrap=True)
-    console.out(f"--result\n{record}", highlight=False)
     return 0 if result.reproduced else 1
 
 
@@ -287,17 +300,19 @@ def _study(name: str | None, options: list[str]) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    of_timm = ("weight_bits", "activation_bits", "first_last_bits", "modules_to_not_convert")
+    given = {name: getattr(args, name) for name in of_timm if hasattr(args, name)}
     if Path(args.name).is_dir() or "/" in args.name:
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"got {options} for the checkpoint {args.name}, which has its own, expected a timm name")
         return _inspect_packed(args)
+    if args.revision is not None:
+        raise ValueError(f"got --revision {args.revision} for {args.name}, expected a Hub id such as org/name")
     from hf_oscqat.config import OscQATConfig
     from hf_oscqat.hub.inspect import inspect_timm
 
-    config = OscQATConfig(
-        weight_bits=args.weight_bits,
-        activation_bits=args.activation_bits,
-        first_last_bits=args.first_last_bits,
-        modules_to_not_convert=args.modules_to_not_convert,
-    )
+    config = OscQATConfig(**given)
     rows = inspect_timm(args.name, config)
     parameters, size = sum(row.parameters for row in rows), sum(row.bytes for row in rows)
     quantized = sum(row.parameters for row in rows if row.weight_bits)

@@ -63,7 +63,8 @@ class OscQATConfig(QuantizationConfigMixin):
         first_last_bits: width of the first layer's weight and of the last layer's weight and input; None leaves both
             layers in float. The first layer's input, the image, is not quantized.
         overrides: `{name pattern: {"weight_bits": .., "activation_bits": ..}}`; patterns are fnmatch globs on module
-            names without `timm_model.`, later ones win, and they win over `first_last_bits`.
+            names without `timm_model.`, later ones win, and they win over `first_last_bits`. Pairs of pattern and
+            override will do too, and are what `to_dict` returns where the order is not alphabetical.
         modules_to_not_convert: patterns of layers that stay float altogether.
         range_estimator: initial ranges, one of `"mse"`, `"minmax"`, `"running_minmax"`, `"percentile"`,
             or `"mse_published"`, the candidates of the published search.
@@ -183,6 +184,9 @@ class OscQATConfig(QuantizationConfigMixin):
         data |= {name: None if s is None else asdict(s) for name, s in settings.items()}
         if data["layers"] is None:
             del data["layers"], data["format_version"]
+        # transformers writes config.json with sorted keys, which would let another pattern win.
+        if list(self.overrides) != sorted(self.overrides):
+            data["overrides"] = list(self.overrides.items())
         return json.loads(json.dumps(data))
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -218,6 +222,10 @@ class OscQATConfig(QuantizationConfigMixin):
 
 
 def _overrides(given: Any) -> dict[str, dict[str, int | None]]:
+    if isinstance(given, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in given):
+        if len({repr(pattern) for pattern, _ in given}) < len(given):
+            raise ValueError(f"got overrides={given!r}, expected each pattern once")
+        given = dict(given)
     if not isinstance(given, Mapping) or not all(isinstance(pattern, str) for pattern in given):
         raise ValueError(f"got overrides={given!r}, expected {{name pattern: {{'weight_bits': .., ..}}}}")
     for pattern, override in given.items():

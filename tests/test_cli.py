@@ -112,6 +112,8 @@ class TestInspect:
             (["zzz"], "got model 'zzz', expected a timm name, as timm.list_models() lists them"),
             (["test_vit", "--weight-bits", "9"], "got weight_bits=9, expected a whole number from 2 to 8"),
             (["sequencer2d_s"], "of class LSTM, which cannot be quantized"),
+            (["test_vit", "--revision", "main"], "got --revision main for test_vit, expected a Hub id"),
+            (["org/net", "--weight-bits", "3"], "got --weight-bits for the checkpoint org/net, which has its own"),
         ],
     )
     def test_what_cannot_be_done_is_said(self, words, message, capsys):
@@ -225,12 +227,18 @@ class TestOnAPackedModel:
         assert "error: reading org/nothing: there is no such repository" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
-        "words", [["runs/quickstart/packed", "--open-pr"], ["org/x", "--open-pr", "--max-samples", "5"]]
+        "words",
+        [
+            ["runs/quickstart/packed", "--open-pr"],
+            ["org/x", "--open-pr", "--max-samples", "5"],
+            ["org/x", "--open-pr", "--revision", "v1"],
+        ],
     )
     def test_what_cannot_be_proposed_is_said_before_it_is_measured(self, words, capsys, hub):
         assert main(["evaluate", *words]) == 2
         said = capsys.readouterr().err
-        assert "got a folder to open a pull request in" in said or "expected one on all of them" in said
+        reasons = ("got a folder to open a pull request in", "expected one on all of them", "leave --revision out")
+        assert any(reason in said for reason in reasons)
         assert not hub.requests
 
     def test_evaluate_of_a_pushed_model_proposes_what_it_measured(self, capsys, hub):

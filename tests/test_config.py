@@ -166,6 +166,21 @@ def test_every_key_that_is_not_default_comes_back_from_json():
     assert {key: data[key] for key in NOT_DEFAULT} == NOT_DEFAULT
 
 
+@pytest.mark.parametrize("given", [dict, lambda pairs: pairs, lambda pairs: [list(pair) for pair in pairs]])
+def test_order_of_overrides_outlives_a_file_with_sorted_keys(given):
+    pairs = [("layer1.*", {"weight_bits": 8}), ("*.conv1", {"weight_bits": 2})]
+    config = OscQATConfig(overrides=given(pairs))
+    again = OscQATConfig.from_dict(json.loads(json.dumps(config.to_dict(), sort_keys=True)))
+    assert list(again.overrides.items()) == pairs
+    assert again == config
+    assert OscQATConfig(overrides=dict(reversed(pairs))) != config
+
+
+def test_pattern_that_is_given_twice_is_an_error():
+    with pytest.raises(ValueError, match="expected each pattern once"):
+        OscQATConfig(overrides=[("a", {"weight_bits": 8}), ("a", {"weight_bits": 2})])
+
+
 def test_dict_names_the_method_and_leaves_out_what_pack_writes():
     data = OscQATConfig().to_dict()
     assert data["quant_method"] == "oscqat"

@@ -330,7 +330,7 @@ def _read_options(tokens: list[str]) -> dict[str, Any]:
             values.append(tokens[position])
             position += 1
         key = key.replace("-", "_")
-        parsed = [value if key in text_keys else _read_value(value) for value in values]
+        parsed = [value if key in text_keys and value != "None" else _read_value(value) for value in values]
         nested: Any = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
         for part in reversed(key.split(".")):
             nested = {part: nested}

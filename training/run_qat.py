@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import transformers
 import yaml
@@ -59,6 +60,7 @@ from hf_oscqat.integration.publish import (
     layer_facts,
     oscillation_facts,
     provenance,
+    published_step,
     run_facts,
     scheme_facts,
     write_companions,
@@ -76,8 +78,9 @@ PACKED_BESIDE = ".packed.writing"
 # What may differ between a run and its continuation: where it writes and what it shows, not what it computes.
 FREE_TO_CHANGE = {
     "output_dir", "logging_steps", "logging_strategy", "report_to", "disable_tqdm", "save_total_limit", "log_level",
-    "dataloader_num_workers", "run_name", "model_license", "evaluate_baselines", "cache_images", "push_to_hub",
-    "hub_model_id", "hub_private_repo", "hub_revision",
+    "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_pin_memory",
+    "per_device_eval_batch_size", "run_name", "model_license", "evaluate_baselines", "cache_images", "push_to_hub",
+    "hub_model_id", "hub_private_repo", "hub_revision", "max_skipped_steps", "compare_ranks_steps",
 }  # fmt: skip
 
 
@@ -225,7 +228,9 @@ def open_output_dir(output_dir: Path, settings: Settings) -> str | None:
     if path.is_file():
         previous = yaml.safe_load(path.read_text(encoding="utf-8"))
         changed = sorted(
-            key for key in (previous.keys() | recipe.keys()) - FREE_TO_CHANGE if previous.get(key) != recipe.get(key)
+            key
+            for key in (previous.keys() | recipe.keys()) - FREE_TO_CHANGE
+            if not _same(previous.get(key), recipe.get(key))
         )
         if changed:
             raise ValueError(
@@ -244,6 +249,13 @@ def open_output_dir(output_dir: Path, settings: Settings) -> str | None:
         output_dir.mkdir(parents=True, exist_ok=True)
         _write(path, yaml.safe_dump(recipe, sort_keys=False))
     return None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two settings say the same; the later one of two overrides wins, so their order matters."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return bool(one == other)
+    return one == other and list(one.get("overrides") or ()) == list(other.get("overrides") or ())
 
 
 @contextmanager
@@ -289,19 +301,28 @@ def float_model(settings: Settings, data: ImageData) -> PreTrainedModel:
         A float model, or one in training form if that is what `model_name_or_path` holds.
 
     Raises:
-        ValueError: if the model is packed.
+        ValueError: if the model is packed, or in training form with `float_epochs`.
     """
     arguments, training = settings.model, settings.training
     finished = Path(training.output_dir, "float")
-    source = str(finished) if (finished / RESULTS).is_file() else arguments.model_name_or_path
     model_args = arguments.model_args if isinstance(arguments.model_args, dict) else None
+    if (finished / RESULTS).is_file():
+        source, model_args = str(finished), None
+    else:
+        source = arguments.model_name_or_path
     model = timm_wrapper(source, data.class_names, pretrained=arguments.pretrained, model_args=model_args)
     if packed_layers(model):
         raise ValueError(
             f"got {arguments.model_name_or_path}, a packed checkpoint, expected a float model or one in training form:"
             " integers cannot be trained. Use --eval_only to evaluate it"
         )
-    if not Path(source).is_dir() and not arguments.pretrained and settings.run.float_epochs == 0:
+    if settings.run.float_epochs > 0 and any(True for _ in quantized_layers(model)):
+        raise ValueError(
+            f"got float_epochs={settings.run.float_epochs:g} and {arguments.model_name_or_path}, which is in training "
+            "form already, expected a float model, or no float_epochs"
+        )
+    random = timm.is_model(source) and not arguments.pretrained and "checkpoint_path" not in (model_args or {})
+    if random and settings.run.float_epochs == 0:
         logger.warning(
             "%s has random weights: pass --pretrained true, a folder with trained weights, or --float_epochs", source
         )
@@ -317,8 +338,10 @@ def _train_float(model: PreTrainedModel, data: ImageData, settings: Settings, fi
         name: getattr(training, name)
         for name in (
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "seed",
-            "data_seed", "bf16", "fp16", "torch_compile", "dataloader_num_workers", "use_cpu", "disable_tqdm",
-            "save_total_limit", "logging_steps", "report_to", "remove_unused_columns", "label_smoothing_factor",
+            "data_seed", "bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+            "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+            "dataloader_pin_memory", "dataloader_drop_last", "use_cpu", "disable_tqdm", "save_total_limit",
+            "logging_steps", "report_to", "remove_unused_columns", "label_smoothing_factor", "full_determinism",
         )
     }  # fmt: skip
     args = TrainingArguments(
@@ -383,7 +406,13 @@ def _calibration_batches(model: PreTrainedModel, data: ImageData, settings: Sett
         yield normalize_pixels(batch["pixel_values"], model.config)
 
 
-def _evaluate(model: PreTrainedModel, dataset: ImageDataset, training: OscQATTrainingArguments) -> Evaluation:
+def _evaluate(
+    model: PreTrainedModel,
+    dataset: ImageDataset,
+    training: OscQATTrainingArguments,
+    autocast: torch.dtype | None = None,
+) -> Evaluation:
+    """Measure in float32 unless told otherwise: what the card claims is what whoever loads the checkpoint gets."""
     return evaluate_accuracy(
         model,
         dataset,
@@ -391,7 +420,7 @@ def _evaluate(model: PreTrainedModel, dataset: ImageDataset, training: OscQATTra
         collate=collate,
         num_workers=training.dataloader_num_workers,
         cpu=training.use_cpu,
-        autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.mixed_precision),
+        autocast=autocast,
         show_progress=not training.disable_tqdm,
     )
 
@@ -431,7 +460,8 @@ def _evaluate_only(settings: Settings, data: ImageData) -> dict[str, Any]:
     model = timm_wrapper(name, None, pretrained=settings.model.pretrained, model_args=model_args)
     check_classes(model.config, data.class_names, name)
     _set_transforms(model, data, settings)
-    measured = asdict(_evaluate(model, data.validation, settings.training))
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.training.mixed_precision)
+    measured = asdict(_evaluate(model, data.validation, settings.training, precision))
     if settings.training.process_index == 0:
         logger.info("--result\n%s", json.dumps({"model": name, **measured}, indent=4))
     return measured
@@ -462,7 +492,7 @@ def _results(
     """
     training, model = settings.training, trainer.model
     pretrained_cfg = model.config.pretrained_cfg
-    oscillation = oscillation_facts(trainer.state.log_history)
+    oscillation = oscillation_facts(trainer.state.log_history, published_step(trainer))
     results = {
         "model": {
             "name": Path(training.output_dir).name,

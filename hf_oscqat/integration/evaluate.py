@@ -121,7 +121,7 @@ def evaluate_accuracy(
         pin_memory=state.device.type == "cuda",
     )
     model.to(state.device)
-    hits = torch.zeros(2, dtype=torch.float64, device=state.device)
+    hits = torch.zeros(2, dtype=torch.int64, device=state.device)
     start = time.perf_counter()
     with evaluation_mode(model):
         shown = show_progress and state.is_main_process

@@ -30,6 +30,7 @@ from hf_oscqat.integration.checkpoints import (
     write_manifest,
 )
 from hf_oscqat.integration.pixels import normalize_pixels
+from hf_oscqat.remedies.batchnorm import average_over_processes, batchnorm_layers
 
 EXIT_CODE = 128 + signal.SIGTERM
 """Code that a preempted run exits with: 143, as a shell reports a process that SIGTERM has ended."""
@@ -70,6 +71,7 @@ class ImageTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._writing: Path | None = None
+        self._was_resumed = False
         self._preemption = _Preemption()
         self.add_callback(self._preemption)
         self.add_callback(_TellEpoch(self))
@@ -86,6 +88,7 @@ class ImageTrainer(Trainer):
             ValueError: if the checkpoint is damaged, or of another run, or there is no good one.
             Preempted: after SIGTERM.
         """
+        self._was_resumed = bool(resume_from_checkpoint)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_good_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
@@ -197,6 +200,8 @@ class ImageTrainer(Trainer):
         run_dir = Path(super()._get_output_dir(trial))
         name = f"{PREFIX}{self.state.global_step}"
         beside = run_dir / ".writing"
+        # Each process has seen other images; without this, rank 0's statistics would be saved and the others' lost.
+        average_over_processes(batchnorm_layers(self.model))
         if self.args.should_save:
             fresh_folder(beside)
         self.accelerator.wait_for_everyone()

@@ -29,13 +29,18 @@ def timm_wrapper(
         class_names: names of the classes; a head of another size is made anew, which is logged. None keeps the head.
         pretrained: for a timm name, whether to load its pretrained weights.
         model_args: for a timm name, further arguments of `timm.create_model`; with `checkpoint_path`, weights of your
-            own.
+            own. A folder or Hub id brings its own.
 
     Raises:
-        ValueError: if the name is unknown, a packed model or one in training form has another number of classes, or
-            a loaded model has the classes in another order.
+        ValueError: if the name is unknown, `model_args` are given for a model that brings its own, a packed model or
+            one in training form has another number of classes, or a loaded model has the classes in another order.
     """
     if os.path.isdir(name_or_path) or (not timm.is_model(name_or_path) and "/" in name_or_path):
+        if model_args:
+            raise ValueError(
+                f"got model_args {dict(model_args)} for {name_or_path}, which is saved with its own, expected none: "
+                "change them in its config.json, or take a timm name"
+            )
         return _load(name_or_path, class_names)
     if not timm.is_model(name_or_path):
         close = difflib.get_close_matches(name_or_path, timm.list_models(), n=3)

@@ -136,9 +136,22 @@ def layer_facts(model: nn.Module) -> list[dict[str, Any]]:
     return [asdict(row) for row in describe(model) if row.weight_bits or row.input_bits]
 
 
-def oscillation_facts(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return the share of oscillating and frozen weights at a few moments, in percent; None if nobody looked."""
-    log = [entry for entry in log_history if "oscillating_percent" in entry]
+def published_step(trainer: Any) -> int:
+    """Step that the weights of a trainer are of after training: the last one, or that of the best checkpoint."""
+    state = trainer.state
+    best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    step: int = state.best_global_step if best else state.global_step
+    return step
+
+
+def oscillation_facts(log_history: Sequence[Mapping[str, Any]], last_step: int) -> dict[str, Any] | None:
+    """Return the share of oscillating and frozen weights at a few moments, in percent; None if nobody looked.
+
+    Args:
+        log_history: of a trainer.
+        last_step: what was logged later is of other weights.
+    """
+    log = [entry for entry in log_history if "oscillating_percent" in entry and entry["step"] <= last_step]
     if not log:
         return None
     return {
@@ -172,11 +185,12 @@ def run_facts(trainer: Any, *, command: str, seconds: float | None, recipe: bool
         seconds: that training took; None if it was interrupted, and nobody knows.
         recipe: whether `recipe.yaml` lies beside the card.
     """
+    step = published_step(trainer)
     return {
         "command": command,
         "recipe": recipe,
-        "epochs": trainer.state.epoch or 0,
-        "steps": trainer.state.global_step,
+        "epochs": (trainer.state.epoch or 0) * step / max(1, trainer.state.global_step),
+        "steps": step,
         "processes": trainer.args.world_size,
         "device": device_name(trainer.args.device),
         "seconds": seconds,

@@ -43,6 +43,7 @@ from hf_oscqat.integration.publish import (
     oscillation_facts,
     plain_results,
     provenance,
+    published_step,
     run_facts,
     write_companions,
 )
@@ -119,7 +120,11 @@ class OscQATTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not take."})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "As in DistributedDataParallel."})
     push_to_hub: bool = field(
-        default=False, metadata={"help": "Push the packed checkpoint with its card when training has ended."}
+        default=False,
+        metadata={
+            "help": "Ask before training whether a push will be possible; run_qat.py pushes the packed checkpoint "
+            "with its card in the end, a script of your own by trainer.push_to_hub()."
+        },
     )
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Repository to push to: org/name; by default the name of output_dir."}
@@ -395,7 +400,7 @@ class OscQATTrainer(ImageTrainer):
                 "images_per_second": metrics.get("eval_samples_per_second", 0.0),
             }
         command = command_line([Path(sys.argv[0]).name, *sys.argv[1:]], self.args.hub_token, token)
-        oscillation = oscillation_facts(self.state.log_history)
+        oscillation = oscillation_facts(self.state.log_history, published_step(self))
         results = plain_results(self.model, name, license)
         results["model"] |= {"base_model": base_model, "origin": base_model or results["model"]["architecture"]}
         if dataset_name is not None:
@@ -413,7 +418,8 @@ class OscQATTrainer(ImageTrainer):
         results["accuracy"]["packed"] = measured
         results["oscillation"] = None if oscillation is None else {**oscillation, "distances": False}
         runtime = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
-        results["run"] = run_facts(self, command=command, seconds=sum(runtime), recipe=False)
+        seconds = runtime[-1] if runtime and not self._was_resumed else None
+        results["run"] = run_facts(self, command=command, seconds=seconds, recipe=False)
         return results
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -651,8 +657,6 @@ class OscQATTrainer(ImageTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
             self._finish_statistics()
-        # Each process has seen other images; without this, rank 0's statistics would be saved and the others' lost.
-        average_over_processes(batchnorm_layers(self.model))
         super()._save_checkpoint(model, trial)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -720,8 +724,8 @@ class OscQATTrainer(ImageTrainer):
             raise RuntimeError(
                 f"got {self._skipped_in_a_row} steps in a row without a finite gradient, the last one in {where}, "
                 f"expected at most {limit}. Not finite themselves: "
-                f"{', '.join(values[:3]) or 'no weights'}. Lower the learning rate, look at the data, or continue "
-                "from a checkpoint before this began"
+                f"{', '.join(values[:3]) or 'no weights'}. Look at the data, continue from a checkpoint before "
+                "this began (the newest one is taken: delete later ones), or begin anew with a lower learning rate"
             )
         logger.warning("step %d is not made: its gradient is not finite in %s", self.step, where)
 

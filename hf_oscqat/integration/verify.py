@@ -47,6 +47,9 @@ from hf_oscqat.quantization.packed import PackedLayer
 
 logger = logging.getLogger(__name__)
 
+DATA_FILES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".zip", ".tar")
+"""Beside images, or instead of them, they make a folder one that `datasets` reads."""
+
 PREPARATION = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 """Keys of timm that say how an image is prepared."""
 CROP_MODES = ("center", "squash", "border")
@@ -496,8 +499,12 @@ def _is_folder_of_classes(path: Path) -> bool:
     """Whether a folder holds a folder per class, and not what `datasets` reads."""
     if not path.is_dir():
         return False
-    entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-    return bool(entries) and all(entry.is_dir() for entry in entries) and not (path / "train").is_dir()
+    folders = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    if any(entry.suffix in DATA_FILES for folder in (path, *folders) for entry in folder.iterdir()):
+        return False
+    # A class may be called train. As a split it holds the folders of the classes.
+    train = path / "train"
+    return bool(folders) and not (train.is_dir() and any(entry.is_dir() for entry in train.iterdir()))
 
 
 def _load_model(source: str, sha: str | None, token: str | None) -> nn.Module:

@@ -42,6 +42,7 @@ def test_both_ranks_end_with_the_same_weights_scales_statistics_and_frozen_integ
     assert first["processes"] == 2
     assert first["frozen"] > 0
     assert first["signed"] == second["signed"]
+    assert first["float_state"] == second["float_state"]
     assert max(first["batchnorm_difference"], second["batchnorm_difference"]) < 1e-6
     assert {name for name in first["state"] if first["state"][name] != second["state"][name]} <= {
         name for name in first["state"] if name.endswith("num_batches_tracked")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
+from transformers import TrainingArguments
 
 from accelerate import PartialState
 from hf_oscqat import (
@@ -17,7 +18,7 @@ from hf_oscqat import (
     reestimate_batchnorm,
 )
 from hf_oscqat.checkpoint import digest
-from hf_oscqat.integration.image_trainer import leave_process_group
+from hf_oscqat.integration.image_trainer import ImageTrainer, leave_process_group
 from hf_oscqat.integration.models import timm_wrapper
 from hf_oscqat.quantization.layers import quantizers
 
@@ -72,7 +73,23 @@ def main(folder: Path) -> None:
         float((nothing.running_mean - together.mean((0, 2, 3))).abs().max()),
     )
     state = {name: digest(tensor) for name, tensor in trainer.model.state_dict().items()}
+    # In float, on other images each, to a checkpoint.
+    float_args = TrainingArguments(
+        output_dir=str(folder / "float"),
+        per_device_train_batch_size=4,
+        max_steps=4,
+        save_steps=4,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    float_trainer = ImageTrainer(
+        model=timm_wrapper("test_efficientnet", list("abcde")), args=float_args, train_dataset=images
+    )
+    float_trainer.train()
+    float_state = {name: digest(tensor) for name, tensor in float_trainer.model.state_dict().items()}
     report = {
+        "float_state": float_state,
         "signed": [quantizer.is_signed for _, quantizer in quantizers(trainer.model)],
         "processes": args.world_size,
         "frozen": trainer.tracker.frozen_fraction,

@@ -79,6 +79,12 @@ def test_weights_of_a_file_are_loaded_and_the_file_is_forgotten(tmp_path):
     assert model.config.model_args == {"drop_rate": 0.1}
 
 
+def test_arguments_for_a_model_that_brings_its_own_are_refused(tmp_path):
+    timm_wrapper("test_efficientnet", ["cat", "dog"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="which is saved with its own, expected none"):
+        timm_wrapper(str(tmp_path), None, model_args={"drop_rate": 0.1})
+
+
 @pytest.mark.parametrize("names", [["cat", "dog", "fish"], ["cat", "dog"]])
 def test_classes_of_the_data_are_named_and_not_those_of_the_file(tmp_path, names):
     timm_wrapper("test_efficientnet", ["a", "b", "c"]).save_pretrained(tmp_path / "float")

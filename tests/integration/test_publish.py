@@ -33,10 +33,11 @@ def test_stored_token_is_a_secret_too(monkeypatch):
 
 
 def test_oscillation_is_told_by_start_peak_and_end():
-    log = [{"loss": 1.0}]
-    log += [{"oscillating_percent": o, "frozen_percent": f} for o, f in ((1.0, 0.0), (5.0, 0.5), (2.0, 3.0))]
-    assert oscillation_facts(log) == {"start": 1.0, "peak": 5.0, "end": 2.0, "frozen": 3.0}
-    assert oscillation_facts(log[:1]) is None
+    log = [{"loss": 1.0, "step": 1}]
+    values = ((1.0, 0.0), (5.0, 0.5), (2.0, 3.0), (9.0, 9.0))
+    log += [{"step": i, "oscillating_percent": o, "frozen_percent": f} for i, (o, f) in enumerate(values, start=1)]
+    assert oscillation_facts(log, 3) == {"start": 1.0, "peak": 5.0, "end": 2.0, "frozen": 3.0}
+    assert oscillation_facts(log[:1], 3) is None
 
 
 def test_command_is_quoted_for_a_shell():

@@ -839,6 +839,26 @@ class TestPush:
             loaded = AutoModelForImageClassification.from_pretrained(self.REPO)
             assert torch.equal(loaded(images).logits, trainer.model.eval()(images).logits)
 
+    def test_card_is_about_the_weights_that_are_pushed(self, make_trainer, hub):
+        options = {
+            "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6,
+            "load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 1.0,
+        }  # fmt: skip
+        trainer = make_trainer({"freezing": FREEZING}, hub_model_id=self.REPO, **options)
+        trainer.train()
+        best = trainer.state.best_global_step
+        assert best < 6  # at such a rate the last is not the best
+        trainer.push_to_hub(license="mit")
+        results = json.loads(hub.files(self.REPO)["results.json"])
+        of_best = next(e for e in trainer.state.log_history if e["step"] == best and "frozen_percent" in e)
+        assert (results["run"]["steps"], results["oscillation"]["frozen"]) == (best, of_best["frozen_percent"])
+        assert results["run"]["epochs"] == pytest.approx(best * 4 / len(RandomImages()))
+        assert results["run"]["seconds"] > 0
+        again = make_trainer({"freezing": FREEZING}, hub_model_id=self.REPO, **options)
+        again.train(True)
+        again.push_to_hub(license="mit")
+        assert json.loads(hub.files(self.REPO)["results.json"])["run"]["seconds"] is None, "part of it is not known"
+
     def test_saving_does_not_push(self, make_trainer, hub):
         trainer = make_trainer(push_to_hub=True, hub_model_id=self.REPO, max_steps=1)
         trainer.train()

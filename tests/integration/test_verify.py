@@ -19,6 +19,7 @@ from hf_oscqat.integration.data import DataArguments, load_image_data
 from hf_oscqat.integration.verify import (
     TITLE,
     CannotRerunError,
+    _is_folder_of_classes,
     claim_arguments,
     propose_results,
     read_claim,
@@ -235,6 +236,27 @@ def write_digits(folder, classes=10):
         target = folder / str(data.validation.labels[i] % classes)
         target.mkdir(parents=True, exist_ok=True)
         data.validation.open(i).save(target / f"{i:02}.png")
+
+
+@pytest.mark.parametrize(
+    ("files", "is_one"),
+    [
+        (["cat/1.png", "dog/2.png"], True),
+        (["bus/1.png", "train/2.png"], True),
+        (["cat/1.png", "dog/2.png", "LICENSE"], True),
+        (["cat/near/1.png", "dog/2.png"], True),
+        (["train/cat/1.png", "validation/cat/2.png"], False),
+        (["train/1.png", "train/metadata.csv"], False),
+        (["data/train-00000.parquet", "README.md"], False),
+        (["train.parquet"], False),
+        (["1.png"], False),
+    ],
+)
+def test_folder_of_classes_is_told_from_one_that_datasets_reads(tmp_path, files, is_one):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert _is_folder_of_classes(tmp_path) == is_one
 
 
 class TestDataFromElsewhere:

@@ -123,3 +123,4 @@ def test_text_stays_as_typed_and_none_means_none():
     settings = parse([*DIGITS, "--dataset_revision", "12e4567", "--quantization.activation_bits", "None"])
     assert settings.data.dataset_revision == "12e4567"
     assert settings.quantization.activation_bits is None
+    assert parse([*DIGITS, "--model_license", "None"]).run.model_license is None

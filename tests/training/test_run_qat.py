@@ -4,15 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from filelock import FileLock
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from hf_oscqat.integration.data import DataArguments, load_image_data
+from hf_oscqat.integration.evaluate import evaluate_accuracy
+from hf_oscqat.integration.models import timm_wrapper
 from hf_oscqat.integration.publish import provenance
 from hf_oscqat.integration.verify import verify
-from run_qat import _dataset_commit, main, parse, show
+from run_qat import _dataset_commit, float_model, main, open_output_dir, parse, show
 
 SETTINGS = [
     "--dataset_name", "digits", "--model_name_or_path", "test_efficientnet", "--img_size", "32",
@@ -251,6 +256,33 @@ def test_training_goes_on_from_a_folder_in_training_form(finished, tmp_path):
     assert results["run"]["steps"] == 1
 
 
+def test_a_model_in_training_form_is_not_trained_as_if_it_were_float(finished, tmp_path):
+    model = ["--model_name_or_path", str(finished[0] / "qat"), "--output_dir", str(tmp_path / "more")]
+    with pytest.raises(ValueError, match=r"got float_epochs=1 and .*which is in training form already"):
+        main([*SETTINGS, *model, "--float_epochs", "1"])
+
+
+def test_overrides_in_another_order_are_other_settings(tmp_path):
+    overrides = {"*": {"weight_bits": 4}, "blocks.*": {"weight_bits": 2}}
+    first, other = (json.dumps(dict(pairs)) for pairs in (overrides.items(), reversed(overrides.items())))
+    command = [*SETTINGS, "--output_dir", str(tmp_path / "run"), "--quantization.overrides"]
+    assert open_output_dir(tmp_path / "run", parse([*command, first])) is None
+    open_output_dir(tmp_path / "run", parse([*command, first]))
+    with pytest.raises(ValueError, match="told otherwise about quantization"):
+        open_output_dir(tmp_path / "run", parse([*command, other]))
+
+
+def test_only_a_model_without_weights_is_said_to_have_random_ones(tmp_path, caplog):
+    data = load_image_data(DataArguments(dataset_name="digits", max_train_samples=8, max_eval_samples=8), seed=0)
+    timm_wrapper("test_efficientnet", data.class_names).save_pretrained(tmp_path / "float")
+    weights = ["--model_args", json.dumps({"checkpoint_path": str(tmp_path / "mine.safetensors")})]
+    save_file(timm.create_model("test_efficientnet", num_classes=10).state_dict(), tmp_path / "mine.safetensors")
+    for model in (["--model_name_or_path", str(tmp_path / "float")], weights, []):
+        assert "has random weights" not in caplog.text
+        float_model(parse([*SETTINGS, *model, "--output_dir", str(tmp_path / "run")]), data)
+    assert "test_efficientnet has random weights" in caplog.text
+
+
 def test_a_model_in_training_form_is_not_put_on_another_grid(finished, tmp_path):
     model = ["--model_name_or_path", str(finished[0] / "qat"), "--output_dir", str(tmp_path / "more")]
     with pytest.raises(ValueError, match="quantized already, with other settings of weight_bits; expected the same"):
@@ -336,9 +368,18 @@ def _save_once_then(stop):
     return save
 
 
-def test_mixed_precision_ends_in_the_same_kind_of_checkpoint(tmp_path):
+def test_mixed_precision_ends_in_the_same_kind_of_checkpoint(tmp_path, monkeypatch):
+    seen = set()
+
+    def evaluate(*args, autocast=None, **kwargs):
+        seen.add(autocast or torch.float32)
+        return evaluate_accuracy(*args, autocast=autocast, **kwargs)
+
+    monkeypatch.setattr("run_qat.evaluate_accuracy", evaluate)
     results = main([*SETTINGS, "--bf16", "true", "--max_steps", "2", "--output_dir", str(tmp_path / "run")])
     assert results["packed_difference"] <= 1e-5
+    assert verify(str(tmp_path / "run" / "packed"), device="cpu", show_progress=False).differences["accuracy"] == 0
+    assert seen == {torch.float32}, "the card's accuracies are those of whoever loads the checkpoint"
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
