@@ -283,7 +283,7 @@ def _study(name: str | None, options: list[str]) -> int:
         study.settings,
         prog=f"oscqat study {name}",
         description=f"{study.question} ({study.source})",
-        epilog=f"example: oscqat study {name} --output_dir runs/studies",
+        epilog=f"example: oscqat study {name} {study.example}",
         allow_abbrev=False,
     )
     settings, unknown = parser.parse_args_into_dataclasses(

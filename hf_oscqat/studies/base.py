@@ -48,6 +48,7 @@ class Study:
         source: where the paper asks it.
         settings: dataclass of its options; has `output_dir`.
         run: measures.
+        example: options to try it with.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Study:
     source: str
     settings: type[Any]
     run: Callable[[Any], StudyResult]
+    example: str = "--output_dir runs/studies"
 
 
 def write(study: Study, settings: Any, result: StudyResult) -> list[Path]:

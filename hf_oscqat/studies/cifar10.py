@@ -173,7 +173,7 @@ BUDGETS: dict[str, Budget] = {
             "freezing": tuple(Trial(rate, s) for rate in (0.01, 0.033, 0.066) for s in (0.008, 0.015)),
         },
     ),
-    # What two cores finish in half a day.
+    # What two cores finish in some six hours.
     "cpu": Budget(
         networks={
             "mobilenetv2_035": Network(("W3", "W3A3", "W4A4"), stem_stride=2, model_args={"output_stride": 16}),
@@ -807,4 +807,5 @@ STUDY = Study(
     source="Nagel et al. (ICML 2022), sec. 5, tables 2 and 4 to 8",
     settings=Cifar10Settings,
     run=run,
+    example="--dataset_name FOLDER --budget cpu --output_dir runs/cifar10",
 )
