@@ -419,7 +419,8 @@ class OscQATTrainer(ImageTrainer):
         results["oscillation"] = None if oscillation is None else {**oscillation, "distances": False}
         runtime = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
         seconds = runtime[-1] if runtime and not self._was_resumed else None
-        results["run"] = run_facts(self, command=command, seconds=seconds, recipe=False)
+        precision = {"bf16": "bfloat16", "fp16": "float16"}.get(self.args.mixed_precision, "float32")
+        results["run"] = run_facts(self, command=command, seconds=seconds, recipe=False) | {"precision": precision}
         return results
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -859,6 +859,14 @@ class TestPush:
         again.push_to_hub(license="mit")
         assert json.loads(hub.files(self.REPO)["results.json"])["run"]["seconds"] is None, "part of it is not known"
 
+    @pytest.mark.parametrize(("precision", "said"), [({}, "float32"), ({"bf16": True}, "bfloat16")])
+    def test_card_says_in_which_precision_it_was_measured(self, make_trainer, hub, precision, said):
+        trainer = make_trainer(hub_model_id=self.REPO, max_steps=1, **precision)
+        trainer.train()
+        trainer.push_to_hub(license="mit", dataset_name="org/pets")
+        card = hub.files(self.REPO)["README.md"].decode()
+        assert f"top-1 and top-5 accuracy, in {said} arithmetic on rounded values" in card
+
     def test_saving_does_not_push(self, make_trainer, hub):
         trainer = make_trainer(push_to_hub=True, hub_model_id=self.REPO, max_steps=1)
         trainer.train()
