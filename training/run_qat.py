@@ -74,6 +74,7 @@ __all__ = ["ModelArguments", "RunArguments", "load_recipe", "main", "parse"]
 logger = logging.getLogger("run_qat")
 
 BEFORE = "before_training.json"
+IMAGES = "images.json"
 PACKED_BESIDE = ".packed.writing"
 # What may differ between a run and its continuation: where it writes and what it shows, not what it computes.
 FREE_TO_CHANGE = {
@@ -81,6 +82,7 @@ FREE_TO_CHANGE = {
     "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_pin_memory",
     "per_device_eval_batch_size", "run_name", "model_license", "evaluate_baselines", "cache_images", "push_to_hub",
     "hub_model_id", "hub_private_repo", "hub_revision", "max_skipped_steps", "compare_ranks_steps",
+    "train_dir", "validation_dir",  # the images in them are compared
 }  # fmt: skip
 
 
@@ -126,6 +128,8 @@ def _run(settings: Settings, data: ImageData, origin: "Origin") -> dict[str, Any
             show(finished)
             _push(settings)
         return finished
+    with training.main_process_first(local=False):
+        _check_same_images(output_dir, data, write=training.should_save)
 
     model = float_model(settings, data)
     evaluations: dict[str, Evaluation] = {}
@@ -249,6 +253,30 @@ def open_output_dir(output_dir: Path, settings: Settings) -> str | None:
         output_dir.mkdir(parents=True, exist_ok=True)
         _write(path, yaml.safe_dump(recipe, sort_keys=False))
     return None
+
+
+def _check_same_images(output_dir: Path, data: ImageData, *, write: bool) -> None:
+    """Note which images a run is about, or compare with what it has noted; their folder may have moved.
+
+    Raises:
+        ValueError: if there are others.
+    """
+    assert data.train is not None
+    splits = {"train": data.train, "validation": data.validation}
+    found = {name: {"images": len(images), "sha256": images.sha256} for name, images in splits.items()}
+    path = output_dir / IMAGES
+    if path.is_file():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        if differing := [name for name in found if found[name] != begun[name]]:
+            counts = " and ".join(
+                f"{found[name]['images']:,} {name} images ({begun[name]['images']:,} before)" for name in differing
+            )
+            raise ValueError(
+                f"got {counts} for the run in {output_dir}, which began with others by number, name or class; "
+                "expected the same to continue it, or another --output_dir to begin anew"
+            )
+    elif write:
+        _write_json(path, found)
 
 
 def _same(one: Any, other: Any) -> bool:

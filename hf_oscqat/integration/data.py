@@ -6,6 +6,7 @@ starts, in the words of the command line.
 """
 
 import copy
+import hashlib
 import io
 import logging
 import os
@@ -158,6 +159,9 @@ class ImageSource(Protocol):
     def describe(self, index: int) -> str:
         """Say where an image is stored, for messages."""
 
+    def key(self, index: int) -> str:
+        """Name an image within the source, wherever that is."""
+
 
 def _decode(file: str | io.BytesIO) -> Image.Image:
     # Orientation tags are not applied, as in timm and torchvision, whose published accuracies rest on that.
@@ -180,12 +184,16 @@ class _FolderSource:
         self.class_names = listing.classes
         self.labels = np.asarray(listing.targets, dtype=np.int64)
         self.paths = [path for path, _ in listing.samples]
+        self.directory = directory
 
     def open(self, index: int) -> Image.Image:
         return _decode(self.paths[index])
 
     def describe(self, index: int) -> str:
         return self.paths[index]
+
+    def key(self, index: int) -> str:
+        return self.paths[index].removeprefix(self.directory).lstrip(os.sep)
 
 
 class _DigitsSource:
@@ -207,6 +215,9 @@ class _DigitsSource:
 
     def describe(self, index: int) -> str:
         return f"digit {index} of split '{self.split}'"
+
+    def key(self, index: int) -> str:
+        return str(index)
 
 
 class _TableSource:
@@ -246,6 +257,9 @@ class _TableSource:
     def describe(self, index: int) -> str:
         path = (self.rows[index][self.column] or {}).get("path")
         return f"row {index} of split '{self.split}'" + (f" ({path})" if path else "")
+
+    def key(self, index: int) -> str:
+        return str(index)
 
 
 def _read_labels(
@@ -292,6 +306,9 @@ class _DecodedSource:
     def describe(self, index: int) -> str:
         return self.source.describe(index)
 
+    def key(self, index: int) -> str:
+        return self.source.key(index)
+
 
 class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Some of the images of a source, as {"pixel_values": [3, height, width], "labels": int}.
@@ -334,6 +351,14 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def labels(self) -> np.ndarray:
         """The labels of the selected images, int64 of shape [len(self)]."""
         return self.source.labels[self.indices]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of names and labels of the selected images, in order; of their pixels nothing."""
+        digest = hashlib.sha256("\0".join(self.source.class_names).encode())
+        digest.update(self.labels.astype("<i8").tobytes())
+        digest.update("\0".join(map(self.source.key, self.indices.tolist())).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         """Return the number of selected images."""

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -270,6 +271,30 @@ def test_overrides_in_another_order_are_other_settings(tmp_path):
     open_output_dir(tmp_path / "run", parse([*command, first]))
     with pytest.raises(ValueError, match="told otherwise about quantization"):
         open_output_dir(tmp_path / "run", parse([*command, other]))
+
+
+def test_a_run_goes_on_with_the_same_images_in_another_folder_and_with_no_others(tmp_path, monkeypatch):
+    digits = load_image_data(DataArguments(dataset_name="digits"), seed=0)
+    for split, images, of_each in (("train", digits.train, 6), ("val", digits.validation, 4)):
+        for i in np.concatenate([np.flatnonzero(images.labels == label)[:of_each] for label in range(10)]):
+            target = tmp_path / "here" / split / str(images.labels[i])
+            target.mkdir(parents=True, exist_ok=True)
+            images.open(i).save(target / f"{i}.png")
+    output = ["--output_dir", str(tmp_path / "run"), "--dataset_name", "None"]
+
+    def command(place):
+        return [*SETTINGS, *output, "--train_dir", f"{tmp_path / place}/train", "--validation_dir", f"{place}/val"]
+
+    monkeypatch.chdir(tmp_path)
+    assert main([*command("here"), "--max_steps", "1"])["run"]["steps"] == 1
+    (tmp_path / "run" / "results.json").unlink()
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert main([*command("there/"), "--max_steps", "1"])["run"]["steps"] == 1
+    (tmp_path / "run" / "results.json").unlink()
+    image = next((tmp_path / "there" / "val").rglob("*.png"))
+    image.rename(image.with_name("other.png"))
+    with pytest.raises(ValueError, match=r"got 40 validation images \(40 before\) for the run in .*expected the same"):
+        main([*command("there"), "--max_steps", "1"])
 
 
 def test_only_a_model_without_weights_is_said_to_have_random_ones(tmp_path, caplog):
