@@ -75,6 +75,7 @@ logger = logging.getLogger("run_qat")
 
 BEFORE = "before_training.json"
 IMAGES = "images.json"
+BASELINES = "baselines.json"
 PACKED_BESIDE = ".packed.writing"
 # What may differ between a run and its continuation: where it writes and what it shows, not what it computes.
 FREE_TO_CHANGE = {
@@ -130,19 +131,22 @@ def _run(settings: Settings, data: ImageData, origin: "Origin") -> dict[str, Any
         return finished
     with training.main_process_first(local=False):
         _check_same_images(output_dir, data, write=training.should_save)
+        evaluations = _measured_before(output_dir) if run.evaluate_baselines else {}
 
     model = float_model(settings, data)
-    evaluations: dict[str, Evaluation] = {}
+    measures = run.evaluate_baselines and not evaluations
     if any(True for _ in quantized_layers(model)):
         _check_same_quantization(model, settings)
     else:
-        if run.evaluate_baselines:
+        if measures:
             evaluations["float"] = _evaluate(model, data.validation, training)
         prepare_qat(model, settings.quantization)
         model.to(training.device)
         calibrate(model, _calibration_batches(model, data, settings))
-        if run.evaluate_baselines:
+        if measures:
             evaluations["rounded"] = _evaluate(model, data.validation, training)
+            if training.should_save:
+                _write_json(output_dir / BASELINES, {name: asdict(found) for name, found in evaluations.items()})
     if checkpoint is None and training.should_save:
         _write_json(output_dir / BEFORE, distance_histogram(model).to_dict())
 
@@ -253,6 +257,13 @@ def open_output_dir(output_dir: Path, settings: Settings) -> str | None:
         output_dir.mkdir(parents=True, exist_ok=True)
         _write(path, yaml.safe_dump(recipe, sort_keys=False))
     return None
+
+
+def _measured_before(output_dir: Path) -> dict[str, Evaluation]:
+    """Return the accuracies that a run has measured before it was interrupted."""
+    path = output_dir / BASELINES
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: Evaluation(**measured) for name, measured in found.items()}
 
 
 def _check_same_images(output_dir: Path, data: ImageData, *, write: bool) -> None:

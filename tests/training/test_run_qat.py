@@ -364,7 +364,15 @@ def test_an_interrupted_run_continues_to_the_same_end(finished, tmp_path, monkey
             main(command)
     assert (tmp_path / "broken" / "checkpoint-4").is_dir()
     assert not (tmp_path / "broken" / "packed").exists()
+    measured = []
+
+    def evaluate(*args, **kwargs):
+        measured.append(args)
+        return evaluate_accuracy(*args, **kwargs)
+
+    monkeypatch.setattr("run_qat.evaluate_accuracy", evaluate)
     continued_results = main(command)
+    assert len(measured) == 1, "the baselines are known from before"
     # How long the whole took, nobody knows.
     assert (continued_results["run"]["seconds"], continued_results["run"]["images_per_second"]) == (None, None)
     assert "training time" not in (tmp_path / "broken" / "packed" / "README.md").read_text()
