@@ -222,8 +222,9 @@ class OscQATConfig(QuantizationConfigMixin):
 
 
 def _overrides(given: Any) -> dict[str, dict[str, int | None]]:
-    if isinstance(given, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in given):
-        if len({repr(pattern) for pattern, _ in given}) < len(given):
+    pairs = isinstance(given, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in given)
+    if pairs and all(isinstance(pattern, str) for pattern, _ in given):
+        if len(dict(given)) < len(given):
             raise ValueError(f"got overrides={given!r}, expected each pattern once")
         given = dict(given)
     if not isinstance(given, Mapping) or not all(isinstance(pattern, str) for pattern in given):

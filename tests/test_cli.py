@@ -150,7 +150,7 @@ from hf_oscqat.cli import main
 status = main()
 heavy = ("transformers.modeling_utils", "transformers.trainer", "accelerate", "datasets", "sklearn", "matplotlib")
 report = {"status": status, "heavy": [name for name in heavy if name in sys.modules], "collects": gc.isenabled()}
-from transformers import CONFIG_MAPPING, HfArgumentParser
+from transformers import CONFIG_MAPPING
 
 report["registered"] = "oscqat_timm" in CONFIG_MAPPING
 from hf_oscqat import OscQATConfig
@@ -181,6 +181,7 @@ def test_help_of_each_study_has_an_example(name, capsys):
         main(["study", name, "--help"])
     assert stopped.value.code == 0
     words = " ".join(capsys.readouterr().out.split()).partition(f"example: oscqat study {name} ")[2].split()
+    assert words
     HfArgumentParser(STUDIES[name].settings).parse_args_into_dataclasses(words)  # which refuses what cannot be run
 
 

@@ -176,6 +176,11 @@ def test_order_of_overrides_outlives_a_file_with_sorted_keys(given):
     assert OscQATConfig(overrides=dict(reversed(pairs))) != config
 
 
+def test_pairs_of_something_else_are_an_error():
+    with pytest.raises(ValueError, match=r"expected \{name pattern"):
+        OscQATConfig(overrides=[[["a"], {"weight_bits": 8}]])
+
+
 def test_pattern_that_is_given_twice_is_an_error():
     with pytest.raises(ValueError, match="expected each pattern once"):
         OscQATConfig(overrides=[("a", {"weight_bits": 8}), ("a", {"weight_bits": 2})])

@@ -121,6 +121,8 @@ def _run(settings: Settings, data: ImageData, origin: "Origin") -> dict[str, Any
     output_dir = Path(training.output_dir)
     with training.main_process_first(local=False):  # the folder is one for all machines
         checkpoint = open_output_dir(output_dir, settings)
+        _check_same_images(output_dir, data, write=training.should_save)
+        evaluations = _measured_before(output_dir) if run.evaluate_baselines else {}
 
     if (output_dir / RESULTS).is_file():
         logger.info("the run in %s has ended; this is what it found", output_dir)
@@ -129,9 +131,6 @@ def _run(settings: Settings, data: ImageData, origin: "Origin") -> dict[str, Any
             show(finished)
             _push(settings)
         return finished
-    with training.main_process_first(local=False):
-        _check_same_images(output_dir, data, write=training.should_save)
-        evaluations = _measured_before(output_dir) if run.evaluate_baselines else {}
 
     model = float_model(settings, data)
     measures = run.evaluate_baselines and not evaluations
@@ -235,10 +234,10 @@ def open_output_dir(output_dir: Path, settings: Settings) -> str | None:
     path = output_dir / RECIPE
     if path.is_file():
         previous = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Without a note of its images nothing says that other folders hold the same ones.
+        free = FREE_TO_CHANGE if (output_dir / IMAGES).is_file() else FREE_TO_CHANGE - {"train_dir", "validation_dir"}
         changed = sorted(
-            key
-            for key in (previous.keys() | recipe.keys()) - FREE_TO_CHANGE
-            if not _same(previous.get(key), recipe.get(key))
+            key for key in (previous.keys() | recipe.keys()) - free if not _same(previous.get(key), recipe.get(key))
         )
         if changed:
             raise ValueError(
@@ -294,7 +293,8 @@ def _same(one: Any, other: Any) -> bool:
     """Whether two settings say the same; the later one of two overrides wins, so their order matters."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return bool(one == other)
-    return one == other and list(one.get("overrides") or ()) == list(other.get("overrides") or ())
+    ordered = [list(dict(setting.get("overrides") or {}).items()) for setting in (one, other)]
+    return ordered[0] == ordered[1] and one | {"overrides": None} == other | {"overrides": None}
 
 
 @contextmanager

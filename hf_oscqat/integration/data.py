@@ -184,7 +184,7 @@ class _FolderSource:
         self.class_names = listing.classes
         self.labels = np.asarray(listing.targets, dtype=np.int64)
         self.paths = [path for path, _ in listing.samples]
-        self.directory = directory
+        self.directory = str(listing.root)  # with ~ expanded
 
     def open(self, index: int) -> Image.Image:
         return _decode(self.paths[index])

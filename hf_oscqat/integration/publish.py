@@ -39,6 +39,7 @@ from hf_oscqat.hub.card import (
 )
 from hf_oscqat.hub.client import explained, patiently
 from hf_oscqat.hub.push import Pushed, push_folder
+from hf_oscqat.integration.checkpoints import PREFIX
 from hf_oscqat.integration.modeling import OscQATTimmForImageClassification
 from hf_oscqat.prepare import describe
 from hf_oscqat.quantization.packed import PackedLayer
@@ -139,8 +140,10 @@ def layer_facts(model: nn.Module) -> list[dict[str, Any]]:
 def published_step(trainer: Any) -> int:
     """Step that the weights of a trainer are of after training: the last one, or that of the best checkpoint."""
     state = trainer.state
-    best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
-    step: int = state.best_global_step if best else state.global_step
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        # Not `best_global_step`: what was best between two checkpoints is not there to be loaded.
+        return int(Path(state.best_model_checkpoint).name.removeprefix(PREFIX))
+    step: int = state.global_step
     return step
 
 

@@ -298,6 +298,8 @@ class OscQATTrainer(ImageTrainer):
         super()._check_origin(checkpoint)
         found = json.loads((checkpoint / CONFIG_NAME).read_text(encoding="utf-8")).get("quantization_config") or {}
         wanted = self.oscqat_config.to_dict()
+        if isinstance(found.get("overrides"), dict):  # whose order a file does not keep, so earlier versions lost it
+            wanted["overrides"] = self.oscqat_config.overrides
         # What acts in training may be changed on the way; what values the weights can have may not.
         changed = sorted(key for key in GRID if found.get(key) != wanted[key])
         if changed:

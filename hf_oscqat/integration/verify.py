@@ -47,8 +47,9 @@ from hf_oscqat.quantization.packed import PackedLayer
 
 logger = logging.getLogger(__name__)
 
-DATA_FILES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".zip", ".tar")
-"""Beside images, or instead of them, they make a folder one that `datasets` reads."""
+DATA_FILES = {".parquet", ".arrow", ".csv", ".json", ".jsonl", ".zip", ".tar", ".tgz"}
+"""In a folder, or in one of a split, they make it one that `datasets` reads."""
+SPLIT_FOLDERS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "data")
 
 PREPARATION = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 """Keys of timm that say how an image is prepared."""
@@ -499,12 +500,12 @@ def _is_folder_of_classes(path: Path) -> bool:
     """Whether a folder holds a folder per class, and not what `datasets` reads."""
     if not path.is_dir():
         return False
-    folders = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    if any(entry.suffix in DATA_FILES for folder in (path, *folders) for entry in folder.iterdir()):
-        return False
-    # A class may be called train. As a split it holds the folders of the classes.
-    train = path / "train"
-    return bool(folders) and not (train.is_dir() and any(entry.is_dir() for entry in train.iterdir()))
+    entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    folders = [entry for entry in entries if entry.is_dir()]
+    # A class may be called train. As a split it holds the folders of the classes, or data.
+    within = [entry for folder in folders if folder.name in SPLIT_FOLDERS for entry in folder.iterdir()]
+    has_data = any(DATA_FILES.intersection(entry.suffixes) for entry in (*entries, *within) if entry.is_file())
+    return bool(folders) and not has_data and not any(entry.is_dir() for entry in within)
 
 
 def _load_model(source: str, sha: str | None, token: str | None) -> nn.Module:

@@ -250,6 +250,10 @@ def write_digits(folder, classes=10):
         (["data/train-00000.parquet", "README.md"], False),
         (["train.parquet"], False),
         (["1.png"], False),
+        (["README.md", "validation/cat/1.png", "test/dog/1.png"], False),
+        (["README.md", "data/train/cat/1.png"], False),
+        (["README.md", "data/train.tar.gz"], False),
+        (["cat/1.png", "cat/notes.json", "dog/2.png"], True),
     ],
 )
 def test_folder_of_classes_is_told_from_one_that_datasets_reads(tmp_path, files, is_one):

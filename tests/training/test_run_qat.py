@@ -269,6 +269,7 @@ def test_overrides_in_another_order_are_other_settings(tmp_path):
     command = [*SETTINGS, "--output_dir", str(tmp_path / "run"), "--quantization.overrides"]
     assert open_output_dir(tmp_path / "run", parse([*command, first])) is None
     open_output_dir(tmp_path / "run", parse([*command, first]))
+    open_output_dir(tmp_path / "run", parse([*command, json.dumps(list(overrides.items()))]))
     with pytest.raises(ValueError, match="told otherwise about quantization"):
         open_output_dir(tmp_path / "run", parse([*command, other]))
 
@@ -291,6 +292,10 @@ def test_a_run_goes_on_with_the_same_images_in_another_folder_and_with_no_others
     (tmp_path / "here").rename(tmp_path / "there")
     assert main([*command("there/"), "--max_steps", "1"])["run"]["steps"] == 1
     (tmp_path / "run" / "results.json").unlink()
+    (tmp_path / "run" / "images.json").rename(tmp_path / "images.json")  # as in a run of an older version
+    with pytest.raises(ValueError, match="told otherwise about train_dir, validation_dir"):
+        main([*command("there"), "--max_steps", "1"])
+    (tmp_path / "images.json").rename(tmp_path / "run" / "images.json")
     image = next((tmp_path / "there" / "val").rglob("*.png"))
     image.rename(image.with_name("other.png"))
     with pytest.raises(ValueError, match=r"got 40 validation images \(40 before\) for the run in .*expected the same"):
