@@ -336,51 +336,62 @@ def test_results_of_another_protocol_are_refused(half_done):
         copied.unlink()
 
 
-def test_the_documented_table_is_made_of_its_cells():
-    result = run(Cifar10Settings(output_dir=str(DOCS / "studies" / "cifar10"), budget="cpu", table_only=True))
-    pages = (DOCS / "results.md", DOCS / "studies" / "cifar10.md")
-    text = "".join(page.read_text(encoding="utf-8") for page in pages)
-    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+PAGES = "".join((DOCS / page).read_text(encoding="utf-8") for page in ("results.md", "studies/cifar10.md"))
+README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("budget", "name"), [("cpu", "cifar10"), ("cpu_large", "cifar10_large")])
+def test_the_documented_table_is_made_of_its_cells(budget, name):
+    folder = DOCS / "studies" / name
+    result = run(Cifar10Settings(output_dir=str(folder), budget=budget, table_only=True))
+    text = PAGES.replace("**", "")
     for row in result.rows:
-        assert row["missing_seeds"] in text
         if row["seeds"]:
             cells = (row["oscillating_percent"], row["scale_caused_percent"], row["frozen_percent"], row["seconds"])
-            name = {"lsq": "LSQ"}.get(row["method"], f"LSQ, {row['method']}")
-            line = " | ".join((name, row["before"], row["after"], *cells))
-            assert f"| {line} |" in text.replace("**", "")
+            title = {"lsq": "LSQ"}.get(row["method"], f"LSQ, {row['method']}")
+            assert f"| {' | '.join((title, row['before'], row['after'], *cells))} |" in text
         for trial in filter(None, row["trials"].split("; ")):
-            assert f"| {trial.rstrip('*')} |" in text.replace("**", "")
+            assert f"| {trial.rstrip('*')} |" in text
     for network, width in dict.fromkeys((row["network"], row["width"]) for row in result.rows):
+        accuracy_in_float = json.loads((folder / "float" / f"{network}.json").read_text(encoding="utf-8"))["test"]
+        assert f"**{accuracy_in_float:.2f}%**" in PAGES
         rows = {r["method"]: r for r in result.rows if (r["network"], r["width"]) == (network, width)}
-        line = " | ".join(rows[method]["after"] for method in METHODS)
-        assert f" | {line} |" in readme.replace("**", ""), (network, width)
-    table = Table(Cifar10Settings(output_dir=str(DOCS / "studies" / "cifar10"), budget="cpu", table_only=True))
-    for method in METHODS:
-        found = [table.results(Cell("mobilenetv2_035", "W3A3", method, seed)) for seed in range(3)]
-        means = [fmean([cell["after"], *cell["after_other_draws"]]) for cell in found]
-        assert all(
-            f"| {mean:.2f} | {', '.join(f'{d:.2f}' for d in c['after_other_draws'])} |" in text
-            for mean, c in zip(means, found, strict=True)
-        )
-    with (DOCS / "studies" / "cifar10" / "cifar10.csv").open(newline="", encoding="utf-8") as file:
+        if not any(row["missing_seeds"] for row in rows.values()):
+            line = " | ".join(rows[method]["after"] for method in METHODS)
+            assert f"| {accuracy_in_float:.2f} | {line} |" in README.replace("**", ""), (network, width)
+    with (folder / "cifar10.csv").open(newline="", encoding="utf-8") as file:
         assert list(csv.DictReader(file)) == [{key: str(value) for key, value in row.items()} for row in result.rows]
-    record = json.loads((DOCS / "studies" / "cifar10" / "cifar10.json").read_text(encoding="utf-8"))
+    record = json.loads((folder / "cifar10.json").read_text(encoding="utf-8"))
     assert record["trainings"] == result.trainings
     assert sum(kind["cells"] for kind in result.trainings) == sum(row["seeds"] for row in result.rows)
-    resting: dict[str, list[dict[str, float]]] = {}
+
+
+def test_the_documented_draws_are_those_of_the_cells():
+    table = Table(Cifar10Settings(output_dir=str(DOCS / "studies" / "cifar10"), budget="cpu", table_only=True))
+    for method in METHODS:
+        for seed in range(3):
+            cell = table.results(Cell("mobilenetv2_035", "W3A3", method, seed))
+            others = cell["after_other_draws"]
+            mean = fmean([cell["after"], *others])
+            assert f"| {mean:.2f} | {', '.join(f'{draw:.2f}' for draw in others)} |" in PAGES
+
+
+def test_the_documented_rows_of_resting_scales_are_those_of_the_files():
+    resting: dict[tuple[str, str], list[dict[str, float]]] = {}
     for file in sorted((DOCS / "studies" / "cifar10" / "extra").iterdir()):
         measured = json.loads(file.read_text(encoding="utf-8"))
-        assert all(f"{measured[key]:.2f}" in text for key in ("before", "after")), file.name
+        assert all(f"{measured[key]:.2f}" in PAGES for key in ("before", "after")), file.name
         if file.stem.endswith("as_weights"):
             resting.setdefault((measured["width"], measured["method"]), []).append(measured)
-    for (width, method), seeds in resting.items():
-        if len(seeds) == 3:
-            draws = [[seed["after"], *seed.get("after_other_draws", [])] for seed in seeds]
-            columns = ([seed["before"] for seed in seeds], [fmean(of_seed) for of_seed in draws])
-            before, after = (f"{fmean(column):.2f} ± {stdev(column):.2f}" for column in columns)
-            name = {"lsq": "LSQ"}.get(method, f"LSQ, {method}")
-            line = re.escape(f"| {width}, {name} | {before} | {after} | ") + rf"[^|]+ \| {len(draws[0])} \|"
-            assert re.search(line, text.replace("**", "")), (width, method)
+    whole = {kind: seeds for kind, seeds in resting.items() if len(seeds) == 3}
+    assert len(whole) == 6
+    for (width, method), seeds in whole.items():
+        draws = [[seed["after"], *seed.get("after_other_draws", [])] for seed in seeds]
+        columns = ([seed["before"] for seed in seeds], [fmean(of_seed) for of_seed in draws])
+        before, after = (f"{fmean(column):.2f} ± {stdev(column):.2f}" for column in columns)
+        name = {"lsq": "LSQ"}.get(method, f"LSQ, {method}")
+        line = re.escape(f"| {width}, {name} | {before} | {after} | ") + rf"[^|]+ \| {len(draws[0])} \|"
+        assert re.search(line, PAGES.replace("**", "")), (width, method)
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
