@@ -136,15 +136,20 @@ def in_transform() -> bool:
 def _fit(
     first: Tensor, tensors: Sequence[Tensor | None], parameters: Sequence[Tensor | None], axis: int | None
 ) -> bool:
-    """Whether all have the sizes and the device that kernels, which see addresses only, take for granted."""
+    """Whether all have the sizes, the device and the values that kernels, which see addresses, take for granted."""
     sizes = (1,) if axis is None else (1, first.shape[axis])
-    return all(t is None or (t.shape == first.shape and t.device == first.device) for t in tensors) and all(
-        p is None or (p.numel() in sizes and p.device == first.device) for p in parameters
-    )
+    return all(
+        t is None or (t.shape == first.shape and t.device == first.device and not _is_lazy(t)) for t in tensors
+    ) and all(p is None or (p.numel() in sizes and p.device == first.device) for p in parameters)
+
+
+def _is_lazy(x: Tensor) -> bool:
+    """Whether memory does not hold the values of `x`, which torch negates, or makes of nothing, when they are read."""
+    return x.is_neg() or x._is_zerotensor()
 
 
 def _layout(x: Tensor) -> torch.memory_format | None:
-    if x.dtype not in FUSED_DTYPES or x.device.type not in ("cpu", "cuda") or x.is_neg() or x.numel() == 0:
+    if x.dtype not in FUSED_DTYPES or x.device.type not in ("cpu", "cuda") or x.numel() == 0:
         return None
     if x.is_contiguous():
         return torch.contiguous_format
@@ -255,7 +260,7 @@ def _kind_of_call(
         *what,
         torch.get_num_threads(),
         torch.is_inference_mode_enabled(),
-        *[None if t is None else (t.dtype, t.device, t.shape, t.stride(), t.is_neg()) for t in tensors],
+        *[None if t is None else (t.dtype, t.device, t.shape, t.stride(), _is_lazy(t)) for t in tensors],
         *[None if p is None else (p.dtype, p.device, p.shape) for p in parameters],
     )
 

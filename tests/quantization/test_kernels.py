@@ -459,6 +459,15 @@ class TestLaunches:
         assert self.quantized(torch.empty(0), scale).shape == (0,)
         assert torch.equal(self.quantized(x, scale), self.plain(x, scale))
 
+    @pytest.mark.parametrize("lazy", [torch._neg_view, lambda grad: torch._efficientzerotensor(grad.shape)])
+    def test_lazy_gradients_are_read_with_their_values(self, lazy):
+        x, grad = torch.randn(2, 5000)
+        parameters, static = (torch.tensor([0.1]), None), (STRAIGHT_THROUGH, None)
+        for gradient in (lazy(grad), grad, lazy(grad)):  # a remembered call is not one for the others
+            tensors = (x, gradient, None, None)
+            grads = one_pass(quantize_backward, tensors, parameters, BOUNDS, static=static)
+            assert_same(grads, quantize_backward((x, gradient.clone(), None, None), parameters, BOUNDS, 0, *static))
+
     def test_nothing_is_held_on_to(self):
         x = torch.randn(50)
         self.quantized(x, torch.tensor([0.1]))
