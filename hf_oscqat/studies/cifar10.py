@@ -705,8 +705,12 @@ def _row(
     kind: tuple[str, str, str], results: list[dict[str, Any] | None], trials: list[dict[str, Any]]
 ) -> dict[str, Any]:
     best = max(trials, key=lambda trial: trial["after"], default=None)
-    there = [result | {"after": fmean(_reestimated(result))} for result in results if result is not None]
-    for key in ("learning_rate", "strength", "images", "steps"):
+    there = [
+        result | {"after": fmean(draws), "re-estimations": len(draws)}
+        for result in results
+        if result is not None and (draws := _reestimated(result))
+    ]
+    for key in ("learning_rate", "strength", "images", "steps", "re-estimations"):
         found = dict.fromkeys(result[key] for result in there)
         if len(found) > 1:
             raise ValueError(

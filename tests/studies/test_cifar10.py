@@ -68,6 +68,18 @@ def test_the_rest_is_filled_without_training_anything_twice(half_done, caplog, t
     assert not caplog.messages
 
 
+def test_cells_that_were_measured_otherwise_make_no_row(half_done, tmp_path):
+    """Nothing but --again makes cells of a row that an older version has measured comparable."""
+    folder = shutil.copytree(half_done[0], tmp_path / "copy")
+    file = folder / "cells" / "test_efficientnet-W3A3-freezing-0.json"
+    cell = json.loads(file.read_text())
+    file.with_name(file.name.replace("-0.json", "-1.json")).write_text(json.dumps(cell | {"seed": 1}))
+    del cell["after_other_draws"]
+    file.write_text(json.dumps(cell))
+    with pytest.raises(ValueError, match=r"W3A3 freezing with re-estimations of 1, 5, expected one for all.*--again"):
+        run(Cifar10Settings(output_dir=str(folder), budget="smoke", table_only=True))
+
+
 def test_recorded_cells_have_a_report_and_are_trained_no_otherwise(half_done, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(half_done[0], folder)
