@@ -160,13 +160,22 @@ def check_license(card: str, license: str | None, place: str) -> None:
     Raises:
         CardError: if it does.
     """
+    if license is None:
+        return
     metadata = read_metadata(card, place)
-    stated = metadata.get("license_name") if metadata.get("license") == "other" else metadata.get("license")
-    if license is not None and license not in (stated, metadata.get("license")):
+    stated, stated_name = metadata.get("license"), metadata.get("license_name")
+    wanted, wanted_name = hub_license(license)
+    if wanted != str(stated).lower() or wanted_name not in (None, stated_name):
         raise CardError(
-            f"got licence {license!r} for {place}, whose card says {stated!r}, as a person has written: change it "
-            "there, or leave the licence out"
+            f"got licence {license!r} for {place}, whose card says {stated_name or stated!r}, as a person has written: "
+            "change it there, or leave the licence out"
         )
+
+
+def hub_license(license: str) -> tuple[str, str | None]:
+    """How the Hub writes a licence: its identifier, and the name where that is `other`; see `LICENSES`."""
+    identifier = license.lower()
+    return (identifier, None) if identifier in LICENSES else ("other", license)
 
 
 def has_edited_license(card: str, place: str) -> bool:
@@ -578,8 +587,8 @@ def _digest(value: Any) -> str:
 
 def _metadata(results: Mapping[str, Any]) -> ModelCardData:
     model, data, measured = results["model"], results["data"], results["accuracy"]["packed"]
-    known = model["license"].lower() in LICENSES
-    if not known:
+    license, license_name = hub_license(model["license"])
+    if license_name is not None:
         close = difflib.get_close_matches(model["license"].lower().replace(" ", "-"), LICENSES, n=1)
         logger.warning(
             "the Hub does not know the licence %r; it will be called 'other'%s",
@@ -589,8 +598,8 @@ def _metadata(results: Mapping[str, Any]) -> ModelCardData:
     card = ModelCardData(
         library_name="transformers",
         pipeline_tag=TASK,
-        license=model["license"].lower() if known else "other",
-        license_name=None if known else model["license"],
+        license=license,
+        license_name=license_name,
         base_model=model["base_model"],
         base_model_relation="quantized" if model["base_model"] else None,
         datasets=[data["dataset_id"]] if data and data["dataset_id"] else None,

@@ -156,6 +156,7 @@ def push_folder(
     paths = files_to_push(folder)
     repo_id = check_push(repo_id, token=token, create_pr=create_pr, private=private, api=api)
     ours = card_of(folder, license=license, repo_id=repo_id)
+    check_license(ours, license, repo_id)  # before anything is made there
     contents: dict[str, Path | bytes] = dict(paths)
     title = message or f"{repo_id.rpartition('/')[2]}: packed checkpoint of hf_oscqat"
     with explained(repo_id, "pushing to", api.endpoint):

@@ -397,6 +397,11 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """Return the images at these positions as a dataset, without a transform."""
         return ImageDataset(self.source, self.indices[positions])
 
+    def sample(self, count: int, seed: int) -> "ImageDataset":
+        """Return a random subset of this size, or all where there are no more, without a transform."""
+        drawn = np.random.default_rng(seed).permutation(len(self))[:count]
+        return self.subset(np.sort(drawn))
+
     def decoded(self) -> "ImageDataset":
         """Return the same images as a dataset that has decoded them and keeps them in memory, without a transform.
 
@@ -624,9 +629,8 @@ def _select(
     dataset: ImageDataset, max_samples: int | None, seed: int, skip_bad_images: bool
 ) -> tuple[ImageDataset, int]:
     """Draw a subset, then drop the images in it that cannot be decoded; return it and how many were dropped."""
-    if max_samples is not None and max_samples < len(dataset):
-        drawn = np.random.default_rng(seed).permutation(len(dataset))[:max_samples]
-        dataset = dataset.subset(np.sort(drawn))
+    if max_samples is not None:
+        dataset = dataset.sample(max_samples, seed)
     if not skip_bad_images:
         return dataset, 0
 

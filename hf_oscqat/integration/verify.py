@@ -88,6 +88,11 @@ class Claim:
     revision: str | None
     arguments: Mapping[str, Any]
 
+    @property
+    def seed(self) -> int:
+        """What images are drawn with."""
+        return int(self.arguments.get("seed", 0))
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -292,23 +297,24 @@ def verify(
     _check_device(device)
     sha, card = _pinned_card(source, revision, token)
     claim = read_claim(read_metadata(card, f"the card of {source}"), f"the card of {source}")
-    data = _load_data(claim, dataset, max_samples, token)
-    whole = max_samples is None or max_samples >= claim.num_images
-    if whole and data.num_images != claim.num_images:
+    data = _load_data(claim, dataset, token)
+    if data.num_images != claim.num_images:
         raise CannotRerunError(
             f"the card of {source} speaks of {claim.num_images} images of {claim.dataset}, split {claim.split}, and "
             f"there are {data.num_images}: these are other data"
         )
+    images = data.validation if max_samples is None else data.validation.sample(max_samples, claim.seed)
+    whole = len(images) == claim.num_images
     model = _load_model(source, sha, token)
     try:
         check_classes(model.config, data.class_names, source)
     except ValueError as error:
         raise CannotRerunError(str(error)) from error
     _check_preparation(model, claim, source)
-    data.validation.transform = _transform(claim)
+    images.transform = _transform(claim)
     measured = evaluate_accuracy(
         model,
-        data.validation,
+        images,
         batch_size=batch_size,
         collate=collate,
         num_workers=num_workers,
@@ -457,11 +463,18 @@ def _pinned_card(source: str, revision: str | None, token: str | None) -> tuple[
     return info.sha, read_card(Path(path))
 
 
-def _load_data(claim: Claim, dataset: str | None, max_samples: int | None, token: str | None) -> ImageData:
+def _load_data(claim: Claim, dataset: str | None, token: str | None) -> ImageData:
     args, source = dict(claim.arguments), claim.arguments.get("source")
     chosen: dict[str, Any] = {
         name: args[name]
-        for name in ("train_split", "train_val_split", "image_column_name", "label_column_name", "skip_bad_images")
+        for name in (
+            "train_split",
+            "train_val_split",
+            "image_column_name",
+            "label_column_name",
+            "skip_bad_images",
+            "max_eval_samples",
+        )
         if name in args
     }
     if dataset is None and source == "folder":
@@ -487,11 +500,8 @@ def _load_data(claim: Claim, dataset: str | None, max_samples: int | None, token
         chosen["dataset_name"] = dataset
         if dataset == claim.dataset:
             chosen |= {"dataset_config_name": claim.config, "dataset_revision": claim.revision}
-    wanted = [count for count in (max_samples, args.get("max_eval_samples")) if count is not None]
-    if wanted:
-        chosen["max_eval_samples"] = min(wanted)
     try:
-        return load_image_data(DataArguments(**chosen), seed=int(args.get("seed", 0)), need_train=False, token=token)
+        return load_image_data(DataArguments(**chosen), seed=claim.seed, need_train=False, token=token)
     except (DataError, ImportError, TypeError) as error:
         raise CannotRerunError(f"the images of the claim, {claim.dataset}, are not to be had: {error}") from error
 

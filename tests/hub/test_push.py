@@ -85,6 +85,20 @@ class TestOneCommit:
         push_folder(folder, REPO, license="apache-2.0" if "apache" in theirs else "mine")
         assert theirs in hub.files(REPO)[CARD].decode()
 
+    @pytest.mark.parametrize("license", ["MIT", "Apache-2.0", "Our own"])
+    def test_licence_in_capitals_is_the_one_that_the_hub_knows(self, hub, folder, license):
+        push_folder(folder, REPO, license=license)
+        data = ModelCard(hub.files(REPO)[CARD].decode()).data
+        own = license == "Our own"
+        assert (data.license, data.license_name) == ("other" if own else license.lower(), license if own else None)
+        assert not push_folder(folder, REPO, license=license).changed
+
+    def test_licence_that_contradicts_the_folder_is_refused_before_anything_is_made(self, hub, folder):
+        (folder / CARD).write_text("---\nlicense: gpl-3.0\n---\nText.\n")
+        with pytest.raises(CardError, match=r"got licence 'mit' for .*, whose card says 'gpl-3.0'"):
+            push_folder(folder, REPO, license="mit")
+        assert not HfApi().repo_exists(REPO)
+
     def test_licence_is_compared_with_the_card_of_the_branch(self, hub, folder):
         hub.create(REPO, {CARD: b"---\nlicense: apache-2.0\n---\n"})
         api = HfApi()

@@ -32,11 +32,11 @@ QUIET = {"device": "cpu", "show_progress": False}
 
 
 def claim_otherwise(folder, **changes):
-    """Let the folder claim something else: `accuracy`, or keys of its `data`, or of data's `evaluation`."""
+    """Let the folder claim something else: of what was measured, or keys of its `data`, or of data's `evaluation`."""
     path = folder / "results.json"
     results = json.loads(path.read_text())
-    if "accuracy" in changes:
-        results["accuracy"]["packed"]["accuracy"] = changes.pop("accuracy")
+    measured = results["accuracy"]["packed"]
+    measured |= {key: changes.pop(key) for key in changes.keys() & measured.keys()}
     results["data"] |= {key: value for key, value in changes.items() if key in results["data"]}
     results["data"]["evaluation"] |= {key: value for key, value in changes.items() if key not in results["data"]}
     path.write_text(json.dumps(results))
@@ -91,6 +91,17 @@ class TestFolder:
         result = verify(str(folder), max_samples=20, **QUIET)
         assert result.measured.num_images == 20
         assert result.tolerance["accuracy"] > 0.1
+
+    @pytest.mark.parametrize("max_samples", [None, 5, 10, 15])
+    def test_a_subset_of_other_data_is_other_data(self, folder, max_samples):
+        claim_otherwise(folder, num_images=10)
+        with pytest.raises(CannotRerunError, match=r"speaks of 10 images .* there are \d+: these are other data"):
+            verify(str(folder), max_samples=max_samples, **QUIET)
+
+    def test_a_subset_of_all_is_the_whole(self, folder):
+        result = verify(str(folder), max_samples=1000, **QUIET)
+        assert result.measured.num_images == result.claim.num_images
+        assert result.tolerance["accuracy"] < 0.1
 
     def test_record_has_the_keys_of_timm(self, folder):
         record = verify(str(folder), **QUIET).to_dict()
