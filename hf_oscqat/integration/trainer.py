@@ -713,6 +713,8 @@ class OscQATTrainer(ImageTrainer):
         if self.accelerator.scaler is not None:
             if skipped:
                 self._restore_statistics()
+                if self._recording is not None:  # no hook of the optimizer was called
+                    self._recording.tick(self.step)
             self._note_skipped(["the scaled loss"] if skipped else [], 3 * self.args.max_skipped_steps)
 
     def _note_skipped(self, bad: list[str], limit: int) -> None:

@@ -307,7 +307,9 @@ def _name_panel(axes: Axes, name: str) -> None:
 
 
 def _integer_axis(axes: Axes, *values: Sequence[float] | np.ndarray) -> None:
-    low, high = (bound(bound(v) for v in values) for bound in (min, max))
-    axes.set_ylim(np.floor(low) - 0.3, np.ceil(high) + 0.3)
+    together = np.concatenate([np.asarray(v, dtype=float) for v in values])
+    finite = together[np.isfinite(together)]
+    if len(finite):
+        axes.set_ylim(np.floor(finite.min()) - 0.3, np.ceil(finite.max()) + 0.3)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3, min_n_ticks=2))
     axes.grid(axis="y")

@@ -14,7 +14,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ class WatchedWeight:
         index: its place in the weight, one number per dimension.
         frequency: its oscillation frequency when watching began.
         ints: its integer at each step.
-        positions: where its latent value lay on the grid, in steps of the grid; an integer is a grid point.
+        positions: where its latent value lay on the grid, in steps of the grid; an integer is a grid point, and NaN a
+            value that was not finite.
     """
 
     layer: int
@@ -299,4 +300,7 @@ def finite(values: Sequence[float], digits: int = 6) -> list[float | None]:
 
 
 def _window(row: Mapping[str, Any] | None) -> Window | None:
-    return None if row is None else Window(row["first"], [WatchedWeight(**weight) for weight in row["weights"]])
+    if row is None:
+        return None
+    weights = [WatchedWeight(**weight) for weight in row["weights"]]
+    return Window(row["first"], [replace(w, positions=np.array(w.positions, dtype=float).tolist()) for w in weights])

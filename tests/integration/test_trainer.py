@@ -774,6 +774,15 @@ class TestStepsThatAreNotMade:
         trainer._note_step()
         assert torch.equal(layer.running_mean, before)
 
+    def test_steps_that_fp16s_scaler_skips_are_recorded(self, make_trainer, monkeypatch):
+        trainer = make_trainer(max_steps=3)
+        monkeypatch.setattr(trainer.accelerator, "scaler", object())
+        monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", property(lambda _: True))
+        recorded = []
+        trainer._recording = SimpleNamespace(tick=recorded.append)
+        trainer._note_step()
+        assert recorded == [1]
+
     def test_steps_that_fp16s_scaler_skips_are_counted(self, make_trainer, monkeypatch):
         trainer = make_trainer(max_skipped_steps=1)
         skipped = [True, True, False, True, True, True, True]

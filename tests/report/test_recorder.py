@@ -11,6 +11,7 @@ from hf_oscqat import OscillationTracker
 from hf_oscqat.quantization.layers import quantize_layer
 from hf_oscqat.quantization.quantizer import Quantizer
 from hf_oscqat.remedies.tracker import oscillation_state
+from hf_oscqat.report.page import write_report
 from hf_oscqat.report.recorder import (
     Recorder,
     batchnorm_divergence,
@@ -135,6 +136,19 @@ def test_oscillating_weights_are_watched_step_by_step(make_run):
             [float(run.seen[step][1][name][index]) for step in range(5, 13)], rel=1e-3
         )
         assert weight.frequency == pytest.approx(float(run.seen[5][2][name][index]), rel=1e-5)
+
+
+@pytest.mark.parametrize("lost_at", [10, 5])
+def test_weights_that_are_lost_leave_a_report(make_run, lost_at):
+    run = make_run()
+    run(1, lost_at - 1)
+    with torch.no_grad():
+        for layer in run.tracker.layers.values():
+            layer.latent_weight.fill_(torch.nan)
+    recording = run(lost_at, 12)
+    (weight, *_) = recording.windows[-1].weights
+    assert [math.isnan(position) for position in weight.positions] == [step >= lost_at for step in range(5, 13)]
+    assert write_report([run.recorder.path.parent]).is_file()
 
 
 def test_frozen_weights_are_counted_and_not_watched(make_run):
