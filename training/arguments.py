@@ -130,6 +130,12 @@ OFF_IS_NO = ("eval_strategy", "save_strategy", "logging_strategy")
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, RunArguments, OscQATTrainingArguments)
 
+TEXT_KEYS = {f.name for of in ARGUMENT_CLASSES for f in fields(of) if f.type in (str, str | None)} - NOT_READ.keys()
+"""Keys whose value is text, whatever it looks like."""
+
+LIST_KEYS = ("quantization.modules_to_not_convert",)
+"""Options that make a list also of one value."""
+
 
 def parse(argv: list[str]) -> Settings:
     """Read recipes and options.
@@ -280,7 +286,7 @@ def _load_recipe(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in including:
         raise RecipeError(f"got {path}, which includes itself")
     try:
-        own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        own = _read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"got recipe {path}, which cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -315,8 +321,6 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_options(tokens: list[str]) -> dict[str, Any]:
-    # Text stays as it is typed: a revision such as 12e4567 is no number.
-    text_keys = {f.name for cls in ARGUMENT_CLASSES for f in fields(cls) if f.type in (str, str | None)}
     options: dict[str, Any] = {}
     position = 0
     while position < len(tokens):
@@ -330,8 +334,10 @@ def _read_options(tokens: list[str]) -> dict[str, Any]:
             values.append(tokens[position])
             position += 1
         key = key.replace("-", "_")
-        parsed = [value if key in text_keys and value != "None" else _read_value(value) for value in values]
+        parsed = [value if key in TEXT_KEYS and value != "None" else _read_value(value) for value in values]
         nested: Any = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
+        if key in LIST_KEYS and isinstance(nested, str):
+            nested = [nested]
         for part in reversed(key.split(".")):
             nested = {part: nested}
         options = _merge(options, nested)
@@ -339,6 +345,8 @@ def _read_options(tokens: list[str]) -> dict[str, Any]:
 
 
 def _read_value(text: str) -> Any:
+    if text.startswith("*"):  # a pattern; in YAML it would stand for something with a name, and here nothing has one
+        return text
     try:
         return None if text == "None" else yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -350,13 +358,16 @@ def _to_argv(flat: Mapping[str, Any]) -> list[str]:
     for key, value in flat.items():
         if value is None:
             continue
-        argv.append(f"--{key}")
+        if value == []:
+            raise RecipeError(f"got an empty list for {key}, expected something in it, or the key left out")
+        if isinstance(value, list):
+            argv += [f"--{key}", *map(str, value)]
+            continue
         if isinstance(value, Mapping):
-            argv.append(json.dumps(value))
+            value = json.dumps(value)
         elif value is False and key in OFF_IS_NO:  # YAML takes the word for a truth value
-            argv.append("no")
-        else:
-            argv += [str(item) for item in (value if isinstance(value, list) else [value])]
+            value = "no"
+        argv.append(f"--{key}={value}")  # in one: it may begin with a dash
     return argv
 
 
@@ -370,9 +381,27 @@ def _parser() -> _Parser:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-5 for text; people who write it mean the number."""
+    """YAML 1.1 takes 1e-5 for text, where people mean the number, and 2024-11-28 for a date, which no key is."""
 
 
+YAML = "tag:yaml.org,2002:"
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    f"{YAML}float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{YAML}timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def _read_yaml(text: str) -> Any:
+    """Read a recipe; what is text in its dataclass is as it is written: a revision such as 1.10 is no number."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.value in TEXT_KEYS and isinstance(value, yaml.ScalarNode) and value.tag != f"{YAML}null":
+                value.tag = f"{YAML}str"
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()

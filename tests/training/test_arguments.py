@@ -1,8 +1,10 @@
 """Recipes and command line: what is merged, what wins, what is refused."""
 
+import json
 import re
 
 import pytest
+import yaml
 
 from arguments import RecipeError, load_recipe, parse
 
@@ -90,6 +92,11 @@ def test_a_missing_recipe_is_named():
         parse(["nowhere.yaml", *DIGITS])
 
 
+def test_an_empty_list_is_refused_by_name(tmp_path):
+    with pytest.raises(RecipeError, match="got an empty list for report_to, expected something in it"):
+        parse([write(tmp_path / "a.yaml", "report_to: []"), *DIGITS])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("a: [", "which is no YAML"), ("- a\n", "holding a list"), ("!!python/name:os.x ''", "no YAML")],
@@ -117,6 +124,27 @@ def test_help_names_keys_of_all_kinds(capsys):
     assert "--quantization.first_last_bits width of the first layer's weight and of the last layer's weight" in text
     assert "--quantization.freezing.momentum " in text
     assert not re.search(r"--quantization\.\S+ \(default", text)
+
+
+@pytest.mark.parametrize("text", ["1.10", "12e4567", "no", "012", "2024_11", "2024-11-28", "-foo"])
+@pytest.mark.parametrize("key", ["dataset_revision", "run_name"])
+def test_text_in_a_recipe_stays_as_it_is_written(tmp_path, key, text):
+    settings = parse([write(tmp_path / "r.yaml", f"{key}: {text}"), *DIGITS])
+    assert getattr(settings.data if key == "dataset_revision" else settings.training, key) == text
+    again = write(tmp_path / "again.yaml", yaml.safe_dump(json.loads(json.dumps(settings.recipe))))
+    assert parse([again]).recipe == settings.recipe
+
+
+def test_null_is_no_text(tmp_path):
+    assert parse([write(tmp_path / "r.yaml", "dataset_revision: null"), *DIGITS]).data.dataset_revision is None
+
+
+@pytest.mark.parametrize("pattern", ["*.se.*", "head"])
+def test_one_pattern_is_a_list_of_one(pattern):
+    quantization = parse(["--quantization.modules_to_not_convert", pattern, *DIGITS]).quantization
+    assert quantization.modules_to_not_convert == [pattern]
+    several = parse(["--quantization.modules_to_not_convert", pattern, "a", *DIGITS]).quantization
+    assert several.modules_to_not_convert == [pattern, "a"]
 
 
 def test_text_stays_as_typed_and_none_means_none():
