@@ -185,6 +185,9 @@ def parse(argv: list[str]) -> Settings:
             f"got {processes} processes from the launcher but {training.world_size} in training, expected as many: "
             "each would train alone"
         )
+    output_dir = Path(training.output_dir)
+    if output_dir.name in ("", ".."):  # `.` has no name, and a run is named after its folder
+        training.output_dir = str(output_dir.resolve())
     for secret in SECRETS:
         recipe.pop(secret, None)
     command = command_line(["python", "training/run_qat.py", *_for_others(argv)], flat.get("hub_token"))

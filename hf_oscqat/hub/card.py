@@ -167,8 +167,8 @@ def check_license(card: str, license: str | None, place: str) -> None:
     wanted, wanted_name = hub_license(license)
     if wanted != str(stated).lower() or wanted_name not in (None, stated_name):
         raise CardError(
-            f"got licence {license!r} for {place}, whose card says {stated_name or stated!r}, as a person has written: "
-            "change it there, or leave the licence out"
+            f"got licence {license!r} for {place}, whose card says {stated_name or stated!r}, as a person has "
+            "written: change it there, or leave the licence out"
         )
 
 

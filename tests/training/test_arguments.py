@@ -135,6 +135,14 @@ def test_text_in_a_recipe_stays_as_it_is_written(tmp_path, key, text):
     assert parse([again]).recipe == settings.recipe
 
 
+@pytest.mark.parametrize("given", [".", "..", "below/.."])
+def test_the_folder_of_a_run_has_a_name(tmp_path, monkeypatch, given):
+    (tmp_path / "mine" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    output_dir = parse([*DIGITS, "--output_dir", given]).training.output_dir
+    assert output_dir == str((tmp_path / "mine" / given).resolve())
+
+
 def test_null_is_no_text(tmp_path):
     assert parse([write(tmp_path / "r.yaml", "dataset_revision: null"), *DIGITS]).data.dataset_revision is None
 
