@@ -354,13 +354,14 @@ def _inspect_packed(args: argparse.Namespace) -> int:
         cells.append((row.name, shape, *weight, inputs, scale, used, f"{row.bytes:,}"))
     columns = {"layer": "<", "shape": "<", "bits": ">", "scheme": "<", "granularity": "<", "input": "<"}
     columns |= {"scale": "<", "integers used": ">", "bytes": ">"}
-    parameters = found.float_parameters + sum(row.parameters for row in found.rows)
+    quantized = sum(row.parameters for row in found.rows)
+    size = found.float_bytes + 4 * quantized
     Console().out(
         f"{found.name}\n",
         _table(columns, cells),
-        f"\n{parameters:,} parameters, {found.float_parameters:,} of them in float ({found.float_bytes:,} bytes); "
-        f"{found.file_bytes:,} bytes in all instead of {4 * parameters:,}, "
-        f"{4 * parameters / found.file_bytes:.2f} times smaller",
+        f"\n{quantized + found.float_parameters:,} parameters, {found.float_parameters:,} of them in float, "
+        f"{found.float_bytes:,} bytes with batch-norm statistics; {found.file_bytes:,} bytes in all instead of "
+        f"{size:,}, {size / found.file_bytes:.2f} times smaller",
         sep="\n",
         highlight=False,
     )

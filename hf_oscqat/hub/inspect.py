@@ -83,8 +83,8 @@ class PackedInspection:
     Attributes:
         name: folder, or Hub id with its commit.
         rows: one per layer.
-        float_parameters: numbers that are stored in float, scales left out.
-        float_bytes: bytes of those.
+        float_parameters: parameters that are stored in float, scales left out.
+        float_bytes: bytes of those and of batch-norm statistics.
         file_bytes: of all weight files, headers included.
     """
 
@@ -120,9 +120,12 @@ def inspect_packed(source: str, *, revision: str | None = None, token: str | Non
         token: for a Hub id; None takes the stored one, or HF_TOKEN.
 
     Raises:
-        ValueError: if it is no packed checkpoint, its files contradict each other, or the Hub refuses.
+        ValueError: if it is no packed checkpoint, its files contradict each other, a folder is to have a revision, or
+            the Hub refuses.
     """
     if Path(source).is_dir():
+        if revision is not None:
+            raise ValueError(f"got revision {revision!r} of {source}, a folder, which has none: leave it out")
         return _inspect_files(source, _local_files(Path(source)))
     check_repo_id(source)
     api = HfApi(token=token)
@@ -184,17 +187,20 @@ def _inspect_files(name: str, weight_files: Sequence[File]) -> PackedInspection:
         for layer, grids in layers.items()
     ]
     own = {tensor for found in tensors.values() for tensor in found}
-    rest = [entry for tensor, entry in entries.items() if tensor not in own]
+    rest = {tensor: entry for tensor, entry in entries.items() if tensor not in own}
     return PackedInspection(
         name=name,
         rows=rows,
-        float_parameters=sum(prod(entry.shape) for entry in rest),
-        float_bytes=sum(entry.length for entry in rest),
+        float_parameters=sum(
+            prod(entry.shape) for tensor, entry in rest.items() if tensor.rpartition(".")[2] not in _STATISTICS
+        ),
+        float_bytes=sum(entry.length for entry in rest.values()),
         file_bytes=sum(file.size for file in weight_files),
     )
 
 
 _PARTS = ("weight_packed", "weight_scale")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _layers(file: File, metadata: Any) -> dict[str, LayerFormat]:

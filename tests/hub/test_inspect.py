@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
 
 from hf_oscqat.checkpoint import CheckpointError
 from hf_oscqat.hub.client import HubError
@@ -38,6 +39,19 @@ def test_totals_are_those_of_the_file(digits_folder):
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     assert found.float_bytes + sum(row.bytes for row in found.rows) == size
     assert found.file_bytes == (digits_folder / "model.safetensors").stat().st_size
+    sizes = json.loads((digits_folder / "results.json").read_text())["bytes"]
+    assert found.float_bytes + 4 * sum(row.parameters for row in found.rows) == sizes["float"]
+
+
+def test_statistics_are_no_parameters(digits_folder):
+    found = inspect_packed(str(digits_folder))
+    model = AutoModelForImageClassification.from_pretrained(digits_folder)
+    assert found.float_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_folder_has_no_revision(digits_folder):
+    with pytest.raises(ValueError, match=r"got revision 'v1' of .*, a folder, which has none"):
+        inspect_packed(str(digits_folder), revision="v1")
 
 
 def test_on_the_hub_it_is_the_same_by_ranges(hub, folder):
@@ -62,8 +76,6 @@ def test_at_an_older_revision(hub, folder):
 
 
 def test_sharded_file(folder, tmp_path):
-    from transformers import AutoModelForImageClassification
-
     model = AutoModelForImageClassification.from_pretrained(folder)
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
@@ -73,8 +85,6 @@ def test_sharded_file(folder, tmp_path):
 
 
 def test_saving_one_file_over_shards_leaves_none_of_them(folder, tmp_path):
-    from transformers import AutoModelForImageClassification
-
     model = AutoModelForImageClassification.from_pretrained(folder)
     model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
     model.save_pretrained(tmp_path / "saved")
@@ -86,8 +96,6 @@ def test_saving_one_file_over_shards_leaves_none_of_them(folder, tmp_path):
 
 
 def test_saving_leaves_files_that_are_not_its_own(folder, tmp_path):
-    from transformers import AutoModelForImageClassification
-
     model = AutoModelForImageClassification.from_pretrained(folder)
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "ema.safetensors").write_bytes(b"mine")
