@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         # Bad input: the message is for the user, the traceback is not. A status of 1 would say that `evaluate` has
         # measured something else, so whatever else goes wrong there ends in 2 as well.
-        expected = isinstance(error, ValueError | PermissionError | FileNotFoundError | NotADirectoryError)
+        of_paths = FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError
+        expected = isinstance(error, ValueError | of_paths)
         if not expected and args.command != "evaluate":
             raise
         logging.getLogger(__name__).log(logging.DEBUG if expected else logging.ERROR, "", exc_info=True)

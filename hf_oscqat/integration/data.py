@@ -180,6 +180,14 @@ class _FolderSource:
                 f"Cannot list '{directory}': {error} Expected one folder per class in it, each with images. Correct "
                 "--train_dir or --validation_dir, or remove class folders that are empty."
             ) from error
+        for name in listing.classes:
+            try:
+                name.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"Got the class folder {name!r} in '{directory}', whose name is not in UTF-8 and cannot stand "
+                    "in a config or a card. Rename it."
+                ) from error
         _check_same_classes(class_names, listing.classes)
         self.class_names = listing.classes
         self.labels = np.asarray(listing.targets, dtype=np.int64)

@@ -71,7 +71,7 @@ def _check_range(name: str, quantizer: Quantizer | None) -> None:
     if quantizer is not None and not bool((torch.isfinite(quantizer.scale) & (quantizer.scale > 0)).all()):
         raise ValueError(
             f"got a scale of {name} that is not finite and positive: calibrate the model, or look for where training "
-            "diverged"
+            "diverged. A loop of your own has to keep scales positive, or learn their logarithms (scale_domain='log')"
         )
 
 

@@ -29,7 +29,9 @@ def normalize_pixels(pixel_values: Tensor, config: Any) -> Tensor:
         raise ValueError("got uint8 images and a config without mean and std in pretrained_cfg, expected float images")
     mean = _per_channel(tuple(timm_cfg["mean"]), pixel_values.device)
     std = _per_channel(tuple(timm_cfg["std"]), pixel_values.device)
-    return pixel_values.to(torch.float32).div_(255).sub_(mean).div_(std)
+    # By a tensor on the device: a GPU would multiply by the reciprocal of a number, which rounds otherwise.
+    white = _per_channel((255.0,), pixel_values.device)
+    return pixel_values.to(torch.float32).div_(white).sub_(mean).div_(std)
 
 
 @functools.cache

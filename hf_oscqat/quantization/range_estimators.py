@@ -172,7 +172,7 @@ def _random_offsets() -> Tensor:
 
 @dataclass
 class Percentile(_Sampling):
-    """The values that leave a given share of all values outside, half on each side where both sides are used.
+    """The values that leave a given share of all values outside; of an asymmetric grid, half of it at each end.
 
     Args:
         quantizer: see `RangeEstimator`.

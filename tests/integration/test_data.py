@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import pickle
 import random
 import sys
@@ -392,6 +393,15 @@ def test_unused_train_val_split_is_reported(caplog):
 
 
 # ------------------------------------------------------------------------------------------------ subsets, bad images
+
+
+def test_class_folders_have_names_in_utf_8(tmp_path):
+    for name in (b"ant", b"b\xe9e"):
+        folder = os.fsencode(tmp_path) + b"/" + name
+        os.mkdir(folder)
+        Image.new("RGB", (4, 4)).save(os.fsdecode(folder + b"/a.png"))
+    with pytest.raises(data.DataError, match=r"class folder 'b.*e' in .*, whose name is not in UTF-8 .* Rename it"):
+        load(train_dir=str(tmp_path), train_val_split=0.5)
 
 
 def test_max_samples_draws_a_seeded_subset():

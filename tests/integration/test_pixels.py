@@ -36,13 +36,18 @@ def test_bytes_become_the_pixels_of_the_transforms_to_the_bit(augment):
     assert batch.dtype == torch.uint8
 
 
-def test_every_value_of_a_byte_is_normalized_as_by_torchvision():
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_every_value_of_a_byte_is_normalized_as_by_torchvision(device):
     from torchvision.transforms.functional import normalize, to_tensor
 
     image = np.arange(256, dtype=np.uint8)[:, None, None].repeat(3, axis=2)
     expected = normalize(to_tensor(image), CONFIG["mean"], CONFIG["std"])
-    pixels = normalize_pixels(torch.from_numpy(image).permute(2, 0, 1)[None], SimpleNamespace(pretrained_cfg=CONFIG))
-    assert torch.equal(pixels[0], expected)
+    batch = torch.from_numpy(image).permute(2, 0, 1)[None].to(device)
+    pixels = normalize_pixels(batch, SimpleNamespace(pretrained_cfg=CONFIG))
+    assert torch.equal(pixels[0].cpu(), expected)
 
 
 def test_float_images_stay_as_they_are():
