@@ -80,8 +80,8 @@ class OscQATConfig(QuantizationConfigMixin):
             about a hundred times as large.
         lsq_gradient_scaling: scale the gradients of scales as LSQ does; the published method does not.
         tracker_momentum: EMA step of oscillation frequencies, in (0, 1], where no remedy brings its own.
-        batchnorm_reestimation_batches: training batches, of all processes together, for re-estimating batch-norm
-            statistics before each evaluation; 0 turns it off.
+        batchnorm_reestimation_batches: training batches, each with a part from every process, for re-estimating
+            batch-norm statistics before each evaluation; 0 turns it off.
         batchnorm_total_variance: re-estimate the variance over all those images at once, which includes that between
             batches; the published method averages the variances of the batches.
         checkpoint_format: `"qat"` (latent weights, trainable) or `"packed"`. Written by `pack`.

@@ -259,7 +259,7 @@ def eval_results_entry(
 
 
 def merge_eval_results(theirs: str, ours: str) -> str:
-    """Put our entries into a file of `.eval_results/`, in place of those from here for the same dataset and task.
+    """Put our entries into a file of `.eval_results/`, in place of all that are from here.
 
     Entries that people have made stay, also where they are about the same. One from here that has the same value
     stays as it is, with its date.

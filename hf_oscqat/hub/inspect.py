@@ -19,7 +19,7 @@ from hf_oscqat.config import OscQATConfig
 from hf_oscqat.hub.card import WEIGHTS
 from hf_oscqat.hub.client import check_repo_id, explained, patiently
 from hf_oscqat.hub.safetensors_file import File, LocalFile, TensorEntry, read_header, read_tensors
-from hf_oscqat.prepare import LayerDescription, describe, insert_quantizers
+from hf_oscqat.prepare import LayerDescription, describe, insert_quantizers, short_name
 from hf_oscqat.quantization.packed import FormatError, GridFormat, LayerFormat
 from hf_oscqat.quantization.packing import packed_width, unpack_bits
 
@@ -245,7 +245,7 @@ def _tensors_of(layer: str, grids: LayerFormat, entries: Mapping[str, TensorEntr
 
 
 def _row(layer: str, grids: LayerFormat, size: int, values: dict[str, np.ndarray]) -> PackedRow:
-    grid, short = grids.weight, layer.removeprefix("timm_model.")
+    grid, short = grids.weight, short_name(layer)
     if grid is None:
         return PackedRow(short, None, grids.input, None, None, 0, size)
     packed, scale = (values[f"{layer}.{part}"] for part in _PARTS)

@@ -153,17 +153,10 @@ class Quantizer(nn.Module):
             self.frozen_int = torch.full_like(like, live_sentinel(dtype), dtype=dtype, requires_grad=False)
         return self.frozen_int
 
-    def to_int(self, x: Tensor, *, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
-        """Integers of `x` on this grid, frozen ones included; see `functional.to_int`.
-
-        Args:
-            x: see `forward`.
-            scale: use this scale, and `zero_point`, instead of the quantizer's own.
-            zero_point: see `scale`.
-        """
-        if scale is None:
-            scale, zero_point = self.scale, self.zero_point
-        return to_int(x, scale, zero_point, self.qmin, self.qmax, axis=self.axis, frozen_int=self.frozen_if_any)
+    def to_int(self, x: Tensor) -> Tensor:
+        """Integers of `x` on this grid, frozen ones included; see `functional.to_int`."""
+        grid = (self.scale, self.zero_point, self.qmin, self.qmax)
+        return to_int(x, *grid, axis=self.axis, frozen_int=self.frozen_if_any)
 
     @torch.no_grad()
     def to_real(self, x_int: Tensor) -> Tensor:
