@@ -80,20 +80,34 @@ def test_rows_are_trained_or_say_why_not(study, tmp_path, capsys, monkeypatch):
     assert list(found["widths"]) == ["3", "4"]
     rows = found["widths"]["3"]["rows"]
     assert list(rows) == ["lsq, 1e-05", "lsq, 0.001", "absent", "wider"]
-    assert rows["absent"] == {"reason": "not installed: No module named 'a_library_that_nobody_has'"}
-    assert rows["wider"] == {"reason": "it trains W8A8, not W3A3"}
+    assert rows["absent"]["reason"] == "not installed: No module named 'a_library_that_nobody_has'"
+    assert rows["wider"]["reason"] == "it trains W8A8, not W3A3"
     assert list(found["widths"]["4"]["rows"]) == ["lsq, 1e-05", "absent", "wider"]
     for row in (rows["lsq, 1e-05"], rows["lsq, 0.001"]):
         assert row["steps"] == row["history"][-1]["step"] == 4
         assert 0 <= row["before"] <= 100 >= row["after"] >= 0
         assert 0 < row["packed_bytes"] < row["state_dict_bytes"]
         assert row["step_median_s"] > 0 < row["peak_bytes"]
-    record = found["widths"]["3"]
-    assert record["command"].startswith("python training/benchmarks/peers_accuracy.py --dataset_name digits")
-    assert (record["test_images"], record["machine"]["threads"]) == (40, 1)
+    run = rows["lsq, 1e-05"]["run"]
+    assert run["command"].startswith("python training/benchmarks/peers_accuracy.py --dataset_name digits")
+    assert (found["widths"]["3"]["test_images"], run["machine"]["threads"]) == (40, 1)
     out = capsys.readouterr().out
     assert "not run: it trains W8A8, not W3A3" in out
     assert f"{rows['lsq, 0.001']['state_dict_bytes']:,}" in out
+
+
+def test_rows_join_those_that_they_compare_with(study, tmp_path, monkeypatch):
+    monkeypatch.setitem(peers_accuracy.ROWS, "absent", bench.Row(missing))
+    path = tmp_path / "peers.json"
+    options = [*SMOKE, "--output_dir", study, "--json", str(path), "--bits", "3", "--scale_learning_rates", "1e-5"]
+    first = main([*options, "--rows", "lsq"])["widths"]["3"]["rows"]
+    both = main([*options, "--rows", "absent"])["widths"]["3"]["rows"]
+    assert both == first | {"absent": both["absent"]}
+    assert both["absent"]["run"]["command"] != both["lsq, 1e-05"]["run"]["command"]
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"with W3A3 of another epochs, expected rows to compare .* another --json"):
+        main([*options, "--rows", "absent", "--epochs", "3"])
+    assert path.read_bytes() == before
 
 
 def test_a_row_that_diverges_leaves_the_others(study, monkeypatch):

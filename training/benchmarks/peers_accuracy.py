@@ -20,6 +20,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import HfArgumentParser
@@ -384,7 +386,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train, measure, print and write.
 
     Returns:
-        `widths`: by bits, how it was measured and the rows.
+        `widths`: by bits, what all rows share and the rows, each with the run that it is of; with those that were in
+        the file before.
+
+    Raises:
+        ValueError: if the file has rows of one of the widths that are not to be compared with these.
     """
     argv = sys.argv[1:] if argv is None else argv
     (settings,) = HfArgumentParser(PeersSettings).parse_args_into_dataclasses(argv)
@@ -393,6 +399,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     network = next(iter(study.budget.networks))
     float_accuracy = accuracy(study._float_model(network), study.images.test, study.images.normalise)
     say(f"{network} in float: {float_accuracy:.2f}%")
+    shared = {
+        "network": network,
+        "float": float_accuracy,
+        "test_images": len(study.images.test),
+        "epochs": settings.epochs,
+        "calibration_images": study.budget.batch_size,
+        "learning_rate": settings.learning_rate,
+        "seed": settings.seed,
+        "budget": json.loads(json.dumps(asdict(study.budget))),
+    }
+    path = Path(settings.json) if settings.json else None
+    known = _known(path, shared, settings.bits)  # before hours of training
     widths: dict[str, Any] = {}
     for bits in settings.bits:
         described = bench.Settings(
@@ -408,32 +426,44 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             channels_last=True,
             threads=settings.threads,
         )
-        record = {
+        run = {
             "command": shlex.join(["python", "training/benchmarks/peers_accuracy.py", *argv]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": bench.machine(described),
             "versions": bench._versions(),
-            "network": network,
-            "float": float_accuracy,
-            "test_images": len(study.images.test),
-            "epochs": settings.epochs,
-            "calibration_images": study.budget.batch_size,
-            "learning_rate": settings.learning_rate,
-            "seed": settings.seed,
-            "budget": asdict(study.budget),
         }
-        widths[str(bits)] = record | {"rows": compare(settings, study, bits)}
-    found = {"widths": widths}
-    if settings.json:
-        path = Path(settings.json)
-        # Read now and not at the start: another process may have written another width meanwhile.
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"widths": {}}
-        found = {"widths": {**known["widths"], **widths}}
+        widths[str(bits)] = {name: row | {"run": run} for name, row in compare(settings, study, bits).items()}
+    if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        say(f"written: {path}")
+    with nullcontext() if path is None else FileLock(path.with_name(f".{path.name}.lock")):
+        known = _known(path, shared, settings.bits)  # again: another process may have written other rows meanwhile
+        for bits, rows in widths.items():
+            known[bits] = shared | {"rows": known.get(bits, {"rows": {}})["rows"] | rows}
+        found = {"widths": known}
+        if path is not None:
+            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            say(f"written: {path}")
     show(found)
     return found
+
+
+def _known(path: Path | None, shared: Mapping[str, Any], bits: list[int]) -> dict[str, Any]:
+    """The widths that a file has; rows are added to some of them.
+
+    Raises:
+        ValueError: if they are not to be compared with what is added.
+    """
+    known: dict[str, Any] = {}
+    if path is not None and path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))["widths"]
+    for width in map(str, bits):
+        differing = [key for key, value in shared.items() if width in known and known[width].get(key) != value]
+        if differing:
+            raise ValueError(
+                f"got {path} with W{width}A{width} of another {', '.join(differing)}, expected rows to compare in one "
+                "file: choose another --json"
+            )
+    return known
 
 
 if __name__ == "__main__":
