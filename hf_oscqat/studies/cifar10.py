@@ -418,7 +418,7 @@ class Table:
             reestimate_batchnorm(model, self.some_batches(self.budget.reestimation_batches, seed=draw))
             after.append(accuracy(model, images, self.images.normalise))
         if record:
-            scalars = {"eval_accuracy": after[0] / 100}
+            scalars = {"eval_accuracy": fmean(after) / 100}
             append_row(self.recording(cell) / FILE, {"row": "log", "step": trained["steps"], "scalars": scalars})
         return {
             **asdict(cell),

@@ -290,7 +290,7 @@ class GridTraining:
     """What a training on the grid was like, besides the model.
 
     Attributes:
-        history: oscillating and frozen weights in percent, and the loss, at some steps.
+        history: the three percentages below, and the loss, at some steps.
         oscillating_percent: at the end.
         scale_caused_percent: of the last oscillations, those by a moving scale.
         frozen_percent: at the end.
@@ -365,21 +365,17 @@ def train_on_grid(
             history.append({"step": step, "loss": loss.item(), **_percentages(tracker)})
             logger.info("step %d of %d: %s", step, steps, {k: round(v, 3) for k, v in history[-1].items()})
             if recorder is not None:
-                recorder.log(step, {**history[-1], "scale_caused_percent": 100 * tracker.scale_caused_fraction})
+                recorder.log(step, history[-1])
             if not math.isfinite(history[-1]["loss"]):
                 raise FloatingPointError(f"got a loss of {loss.item()} at step {step}, expected a finite one")
     seconds = time.perf_counter() - start
     model.eval()
-    return GridTraining(
-        history=history,
-        scale_caused_percent=100 * tracker.scale_caused_fraction,
-        seconds=seconds,
-        **_percentages(tracker),
-    )
+    return GridTraining(history=history, seconds=seconds, **_percentages(tracker))
 
 
 def _percentages(tracker: OscillationTracker) -> dict[str, float]:
     return {
         "oscillating_percent": 100 * tracker.oscillating_fraction,
+        "scale_caused_percent": 100 * tracker.scale_caused_fraction,
         "frozen_percent": 100 * tracker.frozen_fraction,
     }
