@@ -24,28 +24,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0; 1 where `evaluate` measures something else than was claimed; 2 for input that cannot be used,
         which is explained on standard error.
     """
-    parser, commands = _parser()
+    parser = _parser()
     args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    args.rest = rest  # a study has options of its own
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for client in ("httpx", "httpx2"):  # it would log each request, with addresses that are signed
         logging.getLogger(client).setLevel(logging.WARNING)
-    if rest and args.command != "study":
+    if rest and args.run is not _study:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        if args.command in ("inspect", "report"):
+        if not args.loads_models:
             with _without_garbage_collection():
-                return _inspect(args) if args.command == "inspect" else _report(args)
+                return args.run(args)
         # `import hf_oscqat` leaves this to the command line, where what loads no model should not wait for it.
         from hf_oscqat.integration.register import register
 
         register()
-        return _study(args.name, rest) if args.command == "study" else commands[args.command](args)
+        return args.run(args)
     except Exception as error:
         # Bad input: the message is for the user, the traceback is not. A status of 1 would say that `evaluate` has
         # measured something else, so whatever else goes wrong there ends in 2 as well.
         of_paths = FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError
         expected = isinstance(error, ValueError | of_paths)
-        if not expected and args.command != "evaluate":
+        if not expected and args.run is not _evaluate:
             raise
         logging.getLogger(__name__).log(logging.DEBUG if expected else logging.ERROR, "", exc_info=True)
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
@@ -59,26 +60,33 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if action.default not in (None, False, []) else action.help
 
 
-def _parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Namespace], int]]]:
-    """Return the parser, and the function of each command but `study`, `inspect` and `report`."""
+Run = Callable[[argparse.Namespace], int]
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser; what it has parsed says which function to `run`, and whether that `loads_models`."""
     parser = argparse.ArgumentParser(
         prog="oscqat",
         description="Low-bit training of timm models that overcomes weight oscillations.",
         epilog="example: oscqat study toy --output_dir runs/studies",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.set_defaults(loads_models=True)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, help: str, description: str, example: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
+    def command(name: str, run: Run, help: str, description: str, example: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
             name,
             help=help,
             description=description,
             epilog=f"example: oscqat {example}",
             formatter_class=_Help,
         )
+        made.set_defaults(run=run)
+        return made
 
     evaluate = command(
         "evaluate",
+        _evaluate,
         "measure again what a model's card claims",
         "Measure again what the card of a packed model claims, on the same images prepared in the same way, and "
         "compare. Exit status: 0 reproduced, 1 different, 2 cannot be run again. On all images of the claim 0.1 "
@@ -99,6 +107,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Nam
 
     push = command(
         "push",
+        _push,
         "push a packed model to the Hub in one commit",
         "Push weights, config, card, pictures, recipe and results in one commit. Edits that people have made to the "
         "card are kept, pickles are left out, and what is there already is not sent again.",
@@ -114,6 +123,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Nam
 
     card = command(
         "card",
+        _card,
         "render the card of a packed model anew",
         "Render README.md of a packed model from its results.json; sections that people have edited are kept.",
         "card runs/quickstart/packed",
@@ -123,11 +133,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Nam
 
     report = command(
         "report",
+        _report,
         "a page about the oscillations of one run, or of two side by side",
         "Write one HTML page that needs nothing beside it, and pictures, from what was recorded while training; of a "
         "run that has ended, was stopped or goes on. docs/report.md says how to read it.",
         "report runs/quickstart",
     )
+    report.set_defaults(loads_models=False)
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="output_dir of a run; two are compared")
     report.add_argument("--output", metavar="DIR", help="where to write; by default `report` in the folder of the run")
     report.add_argument(
@@ -136,12 +148,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Nam
 
     inspect = command(
         "inspect",
+        _inspect,
         "what is quantized, layer by layer: in a packed model, or in a timm model if it were",
         "List the layers of a packed model, a folder or a Hub id, from its file and without building it; "
         "or those of a timm model as they would be quantized, without downloading weights. An existing folder is "
         "taken first, then anything with a / as a Hub id, then a timm name.",
         "inspect mobilenetv2_100 --weight-bits 4 --activation-bits 4",
     )
+    inspect.set_defaults(loads_models=False)
     inspect.add_argument("name", help="a folder, a Hub id or a timm name")
     inspect.add_argument("--revision", help="branch, tag or commit of a Hub id")
     for option, default in (("--weight-bits", 4), ("--activation-bits", 4), ("--first-last-bits", 8)):
@@ -163,8 +177,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, Callable[[argparse.Nam
     study = commands.add_parser(
         "study", add_help=False, help="run one of the paper's studies; `oscqat study` lists them"
     )
+    study.set_defaults(run=_study)
     study.add_argument("name", nargs="?")
-    return parser, {"evaluate": _evaluate, "push": _push, "card": _card}
+    return parser
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -261,7 +276,8 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _study(name: str | None, options: list[str]) -> int:
+def _study(args: argparse.Namespace) -> int:
+    name, options = args.name, args.rest
     from transformers import HfArgumentParser
 
     from hf_oscqat.config import check_keys
