@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussion, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 ENDINGS = frozenset("csv html jpeg jpg json jsonl md png py safetensors svg txt yaml yml".split())
 """Endings of files that are pushed; none of them is a pickle's, and files without an ending are text of some kind."""
-GENERATED = frozenset((RESULTS, RECIPE, "oscillation.png", "distances.png"))
+GENERATED = (RESULTS, RECIPE, "oscillation.png", "distances.png")
 """Files about the weights: they go with them."""
 PROCESSOR = "preprocessor_config.json"
 """Of another model that was there: it would win over what config.json says of preparing images."""
@@ -398,14 +398,18 @@ def _open_pull_request(
     api: HfApi, repo_id: str, changes: Callable[[str], Mapping[str, Any]], title: str
 ) -> tuple[str, str] | None:
     """Return address and commit of an open pull request of this title that has these changes already."""
+    for request in open_pull_requests(api, repo_id, title):
+        reference = f"refs/pr/{request.num}"
+        head = str(patiently(lambda ref=reference: api.repo_info(repo_id, revision=ref), f"reading {repo_id}").sha)  # type: ignore[misc]
+        if not changes(head):
+            return str(request.url), head
+    return None
+
+
+def open_pull_requests(api: HfApi, repo_id: str, title: str) -> list[Discussion]:
+    """Return the open pull requests of this title."""
     found = patiently(
         lambda: list(api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")),
         f"reading the pull requests of {repo_id}",
     )
-    for request in found:
-        if request.title == title:
-            reference = f"refs/pr/{request.num}"
-            head = str(patiently(lambda ref=reference: api.repo_info(repo_id, revision=ref), f"reading {repo_id}").sha)  # type: ignore[misc]
-            if not changes(head):
-                return str(request.url), head
-    return None
+    return [request for request in found if request.title == title]

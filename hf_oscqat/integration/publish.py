@@ -38,7 +38,7 @@ from hf_oscqat.hub.card import (
     render_card,
 )
 from hf_oscqat.hub.client import explained, patiently
-from hf_oscqat.hub.push import Pushed, push_folder
+from hf_oscqat.hub.push import GENERATED, Pushed, push_folder
 from hf_oscqat.integration.checkpoints import PREFIX
 from hf_oscqat.integration.modeling import OscQATTimmForImageClassification
 from hf_oscqat.prepare import describe
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 _SECRETIVE = re.compile("token|secret|password|api.?key", re.IGNORECASE)
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-COMPANIONS = (CARD, RESULTS, RECIPE, "oscillation.png", "distances.png")
+COMPANIONS = (CARD, *GENERATED)
 """Files beside the weights that go where the weights go."""
 
 

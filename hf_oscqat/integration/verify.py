@@ -30,7 +30,7 @@ from hf_oscqat.hub.card import (
     with_results,
 )
 from hf_oscqat.hub.client import check_repo_id, explained, is_passing, patiently
-from hf_oscqat.hub.push import Pushed, commit, differences, digests_there, read_file
+from hf_oscqat.hub.push import Pushed, commit, differences, digests_there, open_pull_requests, read_file
 from hf_oscqat.integration.data import (
     INTERPOLATIONS,
     DataArguments,
@@ -370,13 +370,8 @@ def propose_results(result: Verification, *, token: str | None = None) -> Pushed
     api = HfApi(token=token)
     name, claim = result.name, result.claim
     with explained(name, "proposing results to", api.endpoint):
-        requests = patiently(
-            lambda: list(api.get_repo_discussions(name, discussion_type="pull_request", discussion_status="open")),
-            f"reading the pull requests of {name}",
-        )
-        for request in requests:
-            if request.title == TITLE:
-                return Pushed(str(request.url), "", ())
+        for request in open_pull_requests(api, name, TITLE):
+            return Pushed(str(request.url), "", ())
         newest = patiently(lambda: api.repo_info(name), f"reading {name}").sha
         if newest != result.commit:
             raise ValueError(
