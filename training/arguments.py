@@ -185,6 +185,8 @@ def parse(argv: list[str]) -> Settings:
             f"got {processes} processes from the launcher but {training.world_size} in training, expected as many: "
             "each would train alone"
         )
+    if not training.output_dir:
+        raise RecipeError("got output_dir='', expected a folder: a variable of the shell may be empty")
     output_dir = Path(training.output_dir)
     if output_dir.name in ("", ".."):  # `.` has no name, and a run is named after its folder
         training.output_dir = str(output_dir.resolve())
@@ -289,7 +291,7 @@ def _load_recipe(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in including:
         raise RecipeError(f"got {path}, which includes itself")
     try:
-        own = _read_yaml(path.read_text(encoding="utf-8"))
+        own = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"got recipe {path}, which cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -337,7 +339,7 @@ def _read_options(tokens: list[str]) -> dict[str, Any]:
             values.append(tokens[position])
             position += 1
         key = key.replace("-", "_")
-        parsed = [value if key in TEXT_KEYS and value != "None" else _read_value(value) for value in values]
+        parsed = [value if _is_text(key, value) else _read_value(value) for value in values]
         nested: Any = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
         if key in LIST_KEYS and isinstance(nested, str):
             nested = [nested]
@@ -347,9 +349,12 @@ def _read_options(tokens: list[str]) -> dict[str, Any]:
     return options
 
 
+def _is_text(key: str, value: str) -> bool:
+    """Whether an option's value stays as it is typed."""
+    return (key in TEXT_KEYS and value != "None") or (key in LIST_KEYS and not value.startswith("["))
+
+
 def _read_value(text: str) -> Any:
-    if text.startswith("*"):  # a pattern; in YAML it would stand for something with a name, and here nothing has one
-        return text
     try:
         return None if text == "None" else yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -397,14 +402,27 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def _read_yaml(text: str) -> Any:
-    """Read a recipe; what is text in its dataclass is as it is written: a revision such as 1.10 is no number."""
+def read_yaml(text: str) -> Any:
+    """Read a recipe; what is text in its dataclass is as it is written: a revision such as 1.10 is no number.
+
+    Raises:
+        yaml.YAMLError: if it is no YAML.
+    """
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
-        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-            if key.value in TEXT_KEYS and isinstance(value, yaml.ScalarNode) and value.tag != f"{YAML}null":
-                value.tag = f"{YAML}str"
+        if isinstance(node, yaml.MappingNode):
+            node.value = [(key, _as_text(value) if _names_text(key) else value) for key, value in node.value]
         return None if node is None else loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def _names_text(key: yaml.Node) -> bool:
+    return isinstance(key, yaml.ScalarNode) and key.value in TEXT_KEYS
+
+
+def _as_text(value: yaml.Node) -> yaml.Node:
+    if not isinstance(value, yaml.ScalarNode) or value.tag == f"{YAML}null":
+        return value
+    return yaml.ScalarNode(f"{YAML}str", value.value)  # a node of its own: another key may have the same by an alias

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, PreTrainedModel, TrainingArguments, set_seed
 
 from accelerate import PartialState
-from arguments import ModelArguments, RunArguments, Settings, load_recipe, parse
+from arguments import ModelArguments, RunArguments, Settings, load_recipe, parse, read_yaml
 from hf_oscqat import OscQATTrainer, OscQATTrainingArguments, calibrate, pack, prepare_qat
 from hf_oscqat.checkpoint import packed_layers
 from hf_oscqat.hub.card import RECIPE, RESULTS
@@ -233,7 +233,7 @@ def open_output_dir(output_dir: Path, settings: Settings) -> str | None:
     recipe = json.loads(json.dumps(settings.recipe))
     path = output_dir / RECIPE
     if path.is_file():
-        previous = yaml.safe_load(path.read_text(encoding="utf-8"))
+        previous = read_yaml(path.read_text(encoding="utf-8"))
         # Without a note of its images nothing says that other folders hold the same ones.
         free = FREE_TO_CHANGE if (output_dir / IMAGES).is_file() else FREE_TO_CHANGE - {"train_dir", "validation_dir"}
         changed = sorted(
@@ -618,7 +618,7 @@ def _dataset_commit(settings: Settings) -> str | None:
         return asked
     before = Path(settings.training.output_dir, RECIPE)
     if before.is_file() and not is_commit(asked):
-        begun = yaml.safe_load(before.read_text(encoding="utf-8")) or {}
+        begun = read_yaml(before.read_text(encoding="utf-8")) or {}
         if begun.get("dataset_name") == name:
             commit: str | None = begun.get("dataset_revision")
             if asked is not None:  # a branch may have moved on since, and the Hub be out of reach

@@ -156,11 +156,12 @@ def push_folder(
     paths = files_to_push(folder)
     repo_id = check_push(repo_id, token=token, create_pr=create_pr, private=private, api=api)
     ours = card_of(folder, license=license, repo_id=repo_id)
-    check_license(ours, license, repo_id)  # before anything is made there
     contents: dict[str, Path | bytes] = dict(paths)
     title = message or f"{repo_id.rpartition('/')[2]}: packed checkpoint of hf_oscqat"
     with explained(repo_id, "pushing to", api.endpoint):
         if not create_pr:
+            if not patiently(lambda: api.repo_exists(repo_id), f"asking about {repo_id}"):
+                check_license(ours, license, str(folder / CARD))
             patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True), f"making {repo_id}")
             if revision is not None:
                 patiently(

@@ -420,7 +420,7 @@ def _fit(
     sizes = (1,) if axis is None else (1, first.shape[axis])
     return all(
         t is None or (t.shape == first.shape and t.device == first.device and not _is_lazy(t)) for t in tensors
-    ) and all(p is None or (p.numel() in sizes and p.device == first.device) for p in parameters)
+    ) and all(p is None or (p.numel() in sizes and p.device == first.device and not _is_lazy(p)) for p in parameters)
 
 
 def _is_lazy(x: Tensor) -> bool:
@@ -541,7 +541,7 @@ def _kind_of_call(
         torch.get_num_threads(),
         torch.is_inference_mode_enabled(),
         *[None if t is None else (t.dtype, t.device, t.shape, t.stride(), _is_lazy(t)) for t in tensors],
-        *[None if p is None else (p.dtype, p.device, p.shape) for p in parameters],
+        *[None if p is None else (p.dtype, p.device, p.shape, _is_lazy(p)) for p in parameters],
     )
 
 

@@ -85,6 +85,11 @@ class TestOneCommit:
         push_folder(folder, REPO, license="apache-2.0" if "apache" in theirs else "mine")
         assert theirs in hub.files(REPO)[CARD].decode()
 
+    def test_licence_that_the_hub_learns_later_is_itself(self, hub, folder):
+        (folder / CARD).write_text("---\nlicense: brand-new-1.0\n---\nText.\n")
+        push_folder(folder, REPO, license="brand-new-1.0")
+        assert "license: brand-new-1.0" in hub.files(REPO)[CARD].decode()
+
     @pytest.mark.parametrize("license", ["MIT", "Apache-2.0", "Our own"])
     def test_licence_in_capitals_is_the_one_that_the_hub_knows(self, hub, folder, license):
         push_folder(folder, REPO, license=license)
@@ -95,7 +100,7 @@ class TestOneCommit:
 
     def test_licence_that_contradicts_the_folder_is_refused_before_anything_is_made(self, hub, folder):
         (folder / CARD).write_text("---\nlicense: gpl-3.0\n---\nText.\n")
-        with pytest.raises(CardError, match=r"got licence 'mit' for .*, whose card says 'gpl-3.0'"):
+        with pytest.raises(CardError, match=r"got licence 'mit' for .*/packed/README.md, whose card says 'gpl-3.0'"):
             push_folder(folder, REPO, license="mit")
         assert not HfApi().repo_exists(REPO)
 

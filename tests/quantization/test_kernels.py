@@ -468,6 +468,11 @@ class TestLaunches:
             grads = one_pass(quantize_backward, tensors, parameters, BOUNDS, static=static)
             assert_same(grads, quantize_backward((x, gradient.clone(), None, None), parameters, BOUNDS, 0, *static))
 
+    def test_lazy_scales_are_read_with_their_values(self):
+        x, scale = torch.randn(5000), torch.tensor([0.1])
+        for given in (torch._neg_view(-scale), scale, torch._neg_view(-scale)):
+            assert torch.equal(self.quantized(x, given), self.plain(x, scale))
+
     def test_nothing_is_held_on_to(self):
         x = torch.randn(50)
         self.quantized(x, torch.tensor([0.1]))

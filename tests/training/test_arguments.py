@@ -80,6 +80,7 @@ def test_model_args_are_json():
         (["--optim", "adafactor"], "got optim='adafactor', which this script does not read; use weight_optimizer"),
         (["--resume_from_checkpoint", "x"], "continues by itself"),
         (["--img_size", "@3"], "got value '@3', which is no YAML"),
+        (["--output_dir", ""], "got output_dir='', expected a folder"),
     ],
 )
 def test_what_cannot_be_used_is_named(argv, message):
@@ -99,7 +100,12 @@ def test_an_empty_list_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "which is no YAML"), ("- a\n", "holding a list"), ("!!python/name:os.x ''", "no YAML")],
+    [
+        ("a: [", "which is no YAML"),
+        ("- a\n", "holding a list"),
+        ("? [a]\n: b", "which is no YAML"),
+        ("!!python/name:os.x ''", "no YAML"),
+    ],
 )
 def test_a_recipe_that_is_no_mapping_is_refused(tmp_path, text, message):
     with pytest.raises(RecipeError, match=message):
@@ -147,7 +153,13 @@ def test_null_is_no_text(tmp_path):
     assert parse([write(tmp_path / "r.yaml", "dataset_revision: null"), *DIGITS]).data.dataset_revision is None
 
 
-@pytest.mark.parametrize("pattern", ["*.se.*", "head"])
+def test_text_and_a_number_may_be_one_by_an_alias(tmp_path):
+    settings = parse([write(tmp_path / "a.yaml", "learning_rate: &x 0.1\nrun_name: *x\n"), *DIGITS])
+    assert (settings.training.learning_rate, settings.training.run_name) == (0.1, "0.1")
+    assert settings.recipe["learning_rate"] == 0.1
+
+
+@pytest.mark.parametrize("pattern", ["*.se.*", "head", "1", "no"])
 def test_one_pattern_is_a_list_of_one(pattern):
     quantization = parse(["--quantization.modules_to_not_convert", pattern, *DIGITS]).quantization
     assert quantization.modules_to_not_convert == [pattern]

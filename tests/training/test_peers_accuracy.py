@@ -105,9 +105,22 @@ def test_rows_join_those_that_they_compare_with(study, tmp_path, monkeypatch):
     assert both == first | {"absent": both["absent"]}
     assert both["absent"]["run"]["command"] != both["lsq, 1e-05"]["run"]["command"]
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"with W3A3 of another epochs, expected rows to compare .* another --json"):
-        main([*options, "--rows", "absent", "--epochs", "3"])
+    with pytest.raises(
+        ValueError, match=r"with W3A3 of another epochs, threads, expected rows to compare .* another --json"
+    ):
+        main([*options, "--rows", "absent", "--epochs", "3", "--threads", "2"])
     assert path.read_bytes() == before
+
+
+def test_what_was_measured_stays_and_takes_the_place_of_what_could_not_run():
+    done, failed = {"before": 1.0}, {"reason": "not installed"}
+    joined = peers_accuracy._joined
+    assert joined({"a": failed}, {"a, 1e-05": done}) == {"a, 1e-05": done}
+    assert joined({"a, 1e-05": done}, {"a": failed}) == {"a, 1e-05": done}
+    assert joined({"b": done}, {"b": failed}) == {"b": done}
+    assert joined({"b": failed}, {"b": done}) == {"b": done}
+    assert joined({"c, 1e-05": done}, {"c, 0.001": failed}) == {"c, 1e-05": done, "c, 0.001": failed}, "it diverged"
+    assert joined({"d": {"before": 1.0}}, {"d": {"before": 2.0}}) == {"d": {"before": 2.0}}
 
 
 def test_a_row_that_diverges_leaves_the_others(study, monkeypatch):

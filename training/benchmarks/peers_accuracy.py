@@ -407,6 +407,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "calibration_images": study.budget.batch_size,
         "learning_rate": settings.learning_rate,
         "seed": settings.seed,
+        "device": study.settings.torch_device.type,
+        "threads": settings.threads,
         "budget": json.loads(json.dumps(asdict(study.budget))),
     }
     path = Path(settings.json) if settings.json else None
@@ -435,16 +437,26 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         widths[str(bits)] = {name: row | {"run": run} for name, row in compare(settings, study, bits).items()}
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
+    show({"widths": {bits: {"rows": rows} for bits, rows in widths.items()}})
     with nullcontext() if path is None else FileLock(path.with_name(f".{path.name}.lock")):
         known = _known(path, shared, settings.bits)  # again: another process may have written other rows meanwhile
         for bits, rows in widths.items():
-            known[bits] = shared | {"rows": known.get(bits, {"rows": {}})["rows"] | rows}
+            known[bits] = shared | {"rows": _joined(known.get(bits, {"rows": {}})["rows"], rows)}
         found = {"widths": known}
         if path is not None:
             path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             say(f"written: {path}")
-    show(found)
     return found
+
+
+def _joined(known: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of both. One that could not run never takes the place of one that was measured, and gives way to it."""
+    rows = {
+        **known,
+        **{name: row for name, row in new.items() if "reason" not in row or "reason" in known.get(name, row)},
+    }
+    measured = {name.partition(",")[0] for name, row in rows.items() if "reason" not in row}
+    return {name: row for name, row in rows.items() if "reason" not in row or name not in measured}
 
 
 def _known(path: Path | None, shared: Mapping[str, Any], bits: list[int]) -> dict[str, Any]:
@@ -457,7 +469,9 @@ def _known(path: Path | None, shared: Mapping[str, Any], bits: list[int]) -> dic
     if path is not None and path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))["widths"]
     for width in map(str, bits):
-        differing = [key for key, value in shared.items() if width in known and known[width].get(key) != value]
+        # A file of an older version has the command of all rows here.
+        expected = {"command": None, **shared}
+        differing = [key for key in expected if width in known and known[width].get(key) != expected[key]]
         if differing:
             raise ValueError(
                 f"got {path} with W{width}A{width} of another {', '.join(differing)}, expected rows to compare in one "
