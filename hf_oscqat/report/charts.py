@@ -230,7 +230,7 @@ def distances(recording: Recording, chosen: Sequence[int], *, highest: float) ->
     for axes, i in zip(panels, chosen, strict=False):
         axes.stairs(100 * recording.histogram(chosen[0]), edges, color=BEFORE, linewidth=1.1)
         axes.stairs(100 * recording.histogram(i), edges, color=FROZEN, linewidth=1.4)
-        axes.set(xlim=(-0.5, 0.5), ylim=(0, 105 * highest), xticks=(-0.5, 0, 0.5))
+        axes.set(xlim=(-0.5, 0.5), ylim=(0, 105 * max(highest, 1e-4)), xticks=(-0.5, 0, 0.5))
         _name_panel(axes, f"step {recording.steps[i]:,}")
     for axes in panels[len(chosen) :]:
         axes.set_axis_off()

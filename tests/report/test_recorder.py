@@ -151,6 +151,16 @@ def test_weights_that_are_lost_leave_a_report(make_run, lost_at):
     assert write_report([run.recorder.path.parent]).is_file()
 
 
+def test_scales_that_are_lost_from_the_first_step_leave_a_report(make_run):
+    run = make_run()
+    with torch.no_grad():
+        for layer in run.tracker.layers.values():
+            layer.weight_quantizer.scale.fill_(torch.nan)
+            layer.latent_weight.fill_(torch.nan)
+    run(1, 12)
+    assert write_report([run.recorder.path.parent]).is_file()
+
+
 def test_frozen_weights_are_counted_and_not_watched(make_run):
     run = make_run()
     recording = run(1, 12, threshold=0.05)

@@ -274,6 +274,16 @@ def test_overrides_in_another_order_are_other_settings(tmp_path):
         open_output_dir(tmp_path / "run", parse([*command, other]))
 
 
+def test_a_run_of_an_older_version_goes_on_whose_recipe_has_numbers_for_text(tmp_path):
+    given = tmp_path / "given.yaml"
+    given.write_text("image_column_name: 0\nlabel_column_name: 1\n")
+    settings = parse([str(given), *SETTINGS, "--output_dir", str(tmp_path / "run")])
+    (tmp_path / "run").mkdir()
+    as_it_was = settings.recipe | {"image_column_name": 0, "label_column_name": 1}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(as_it_was))
+    open_output_dir(tmp_path / "run", settings)
+
+
 def test_a_run_goes_on_with_the_same_images_in_another_folder_and_with_no_others(tmp_path, monkeypatch):
     digits = load_image_data(DataArguments(dataset_name="digits"), seed=0)
     for split, images, of_each in (("train", digits.train, 6), ("val", digits.validation, 4)):
