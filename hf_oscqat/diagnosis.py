@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from hf_oscqat.prepare import short_name
 from hf_oscqat.quantization.functional import MIN_SCALE
 from hf_oscqat.quantization.layers import QuantizedLayer, quantized_layers, quantizers
 from hf_oscqat.quantization.quantizer import Quantizer
 from hf_oscqat.remedies.batchnorm import Batch, evaluation_mode, forward_batch
+
+PREFIX = "timm_model."
 
 
 @torch.inference_mode()
@@ -39,7 +40,7 @@ def dead_quantizers(model: nn.Module, batch: Batch) -> list[str]:
 
         return layer.register_forward_pre_hook(before_forward)
 
-    layers = {short_name(name): layer for name, layer in quantized_layers(model)}
+    layers = {name.removeprefix(PREFIX): layer for name, layer in quantized_layers(model)}
     for name, layer in layers.items():
         if layer.weight_quantizer is not None:
             look(f"{name}.weight_quantizer", layer.weight_quantizer, layer.float_weight)
@@ -57,7 +58,7 @@ def scales_at_minimum(model: nn.Module) -> list[str]:
     """Return the quantizers with a scale at its lower bound, to which training tried to make it zero or negative."""
     found = [(name, (quantizer.scale <= MIN_SCALE).any()) for name, quantizer in quantizers(model)]
     flags = torch.stack([flag for _, flag in found]).tolist() if found else []
-    return [short_name(name) for (name, _), flag in zip(found, flags, strict=True) if flag]
+    return [name.removeprefix(PREFIX) for (name, _), flag in zip(found, flags, strict=True) if flag]
 
 
 @torch.no_grad()
@@ -68,7 +69,9 @@ def not_finite(named: Iterable[tuple[str, Tensor | None]]) -> list[str]:
         named: names and tensors of any shape; integers and None are passed over.
     """
     tensors = [
-        (short_name(name), tensor) for name, tensor in named if tensor is not None and tensor.is_floating_point()
+        (name.removeprefix(PREFIX), tensor)
+        for name, tensor in named
+        if tensor is not None and tensor.is_floating_point()
     ]
     if not tensors:
         return []
@@ -105,7 +108,7 @@ def compare_ranks(model: nn.Module, step: int) -> None:
     torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
     differ = [name for name, same in zip(layers, (lowest == highest).tolist(), strict=True) if not same]
     if differ:
-        names = ", ".join(short_name(name) for name in differ[:5])
+        names = ", ".join(name.removeprefix(PREFIX) for name in differ[:5])
         raise RuntimeError(
             f"got other weights, scales or statistics on some processes at step {step}, expected the same on all, in "
             f"{names}" + (f" and {len(differ) - 5} more" if len(differ) > 5 else "") + ". They no longer train one "
