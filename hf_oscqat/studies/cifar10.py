@@ -708,7 +708,8 @@ def _row(
     there = [
         result | {"after": fmean(draws), "re-estimations": len(draws)}
         for result in results
-        if result is not None and (draws := _reestimated(result))
+        if result is not None
+        for draws in [_reestimated(result)]
     ]
     for key in ("learning_rate", "strength", "images", "steps", "re-estimations"):
         found = dict.fromkeys(result[key] for result in there)

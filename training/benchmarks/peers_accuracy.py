@@ -412,7 +412,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "budget": json.loads(json.dumps(asdict(study.budget))),
     }
     path = Path(settings.json) if settings.json else None
-    known = _known(path, shared, settings.bits)  # before hours of training
+    _known(path, shared, settings.bits)  # which complains before hours of training and not behind them
     widths: dict[str, Any] = {}
     for bits in settings.bits:
         described = bench.Settings(
