@@ -17,6 +17,7 @@ from hf_oscqat.integration.modeling import (
 from hf_oscqat.prepare import attach_config, short_name, unwrapped
 from hf_oscqat.quantization.functional import MIN_SCALE, grid_zero
 from hf_oscqat.quantization.layers import QuantizedLayer, quantized_layers
+from hf_oscqat.quantization.norms import let_norms_overwrite
 from hf_oscqat.quantization.packed import GridFormat, LayerFormat, PackedLayer, fill_packed, make_packed
 from hf_oscqat.quantization.quantizer import Quantizer
 
@@ -61,6 +62,7 @@ def pack(model: nn.Module) -> nn.Module:
         packed.__dict__.pop(name, None)
     for _, layer in quantized_layers(packed):
         _pack_layer(layer)
+    let_norms_overwrite(packed)
     packed.eval().requires_grad_(False)
     if published is not None:
         _publish(packed, published)

@@ -29,6 +29,7 @@ from hf_oscqat.checkpoint import (
 )
 from hf_oscqat.integration.shared_modules import Place, hide_repeats, restore_repeats, state_dict_without_repeats
 from hf_oscqat.quantization.activations import fold_activations
+from hf_oscqat.quantization.norms import let_norms_overwrite
 from hf_oscqat.quantization.packed import FormatError, LayerFormat, keep_packed, make_packed
 from hf_oscqat.quantization.timm_layers import forbid_merging, separate_qkv_bias
 
@@ -225,6 +226,7 @@ class PackedQuantizer(HfQuantizer):
                 # Its weight is computed; transformers must not initialise it.
                 modules[name]._is_hf_initialized = True
         fold_activations(model)
+        let_norms_overwrite(model)
         forbid_merging(model)
         self.hidden_repeats = hide_repeats(model)
         if checkpoint_files:

@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
@@ -32,6 +33,7 @@ import re
 import tempfile
 import torch
 import torch.nn.functional as F
+import torch.nn.modules.module as torch_modules
 
 # --- hf_oscqat.quantization.gradient_estimators
 @dataclass(frozen=True, eq=False)
@@ -733,6 +735,12 @@ def chunk_size() -> int:
     return CHUNK * torch.get_num_threads()
 
 
+def cache_sized_parts(x: Tensor) -> Sequence[Tensor]:
+    """Views of all values of a tensor, to be written to in turn; small ones, where a dense tensor is large."""
+    layout = _layout(x)
+    return (x,) if layout is None or x.numel() <= chunk_size() else _view(x, layout, None).split(chunk_size())
+
+
 def _in_chunks(
     function: Function,
     static: tuple[Any, ...],
@@ -1237,6 +1245,10 @@ def _shifts(like: Tensor, count: int, step: int) -> Tensor:
 
 
 # --- hf_oscqat.quantization.packed
+UNSHARED = "_oscqat_unshared"
+"""Attribute of an output that nobody but one norm reads: that norm."""
+
+
 class FormatError(ValueError):
     """A packed checkpoint says something that cannot be so."""
 
@@ -1340,11 +1352,13 @@ class PackedLayer(nn.Module):
         input_zero_point: uint8 or int8 `(1,)`; None when symmetric.
         format: the grids.
         input_activation: bounds of the activation before the layer, where `fold_activations` has moved it in here.
+        feeds: the `OverwritingNorm` that alone gets the output, if there is one; no submodule, hence in a tuple.
     """
 
     format: LayerFormat
     compute_dtype: torch.dtype
     input_activation: Activation | None = None
+    feeds: tuple[nn.Module] | None = None
     weight_packed: Tensor
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
@@ -1380,7 +1394,7 @@ class PackedLayer(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Quantize the input as in training, then do what the layer always did."""
-        return super().forward(self._quantized(input), *args, **kwargs)
+        return self._marked(super().forward(self._quantized(input), *args, **kwargs))
 
     def reset_parameters(self) -> None:
         """There is nothing to initialise: everything comes from the checkpoint."""
@@ -1393,6 +1407,20 @@ class PackedLayer(nn.Module):
         if input.device.type == "cpu" and not input.requires_grad and not is_traced(input):
             return _round(input, scale, zero_point, grid, self.input_activation)
         return fake_quantize(input, scale, zero_point, grid.qmin, grid.qmax, activation=self.input_activation)
+
+    def _marked(self, output: Tensor) -> Tensor:
+        """Tell the norm behind, where there is one, that nobody else has this tensor; see `norms.py`."""
+        if (
+            self.feeds is not None
+            and output.device.type == "cpu"
+            and not output.requires_grad
+            and not is_traced(output)
+            and not self._forward_hooks
+            and not torch_modules._global_forward_hooks
+            and forward_ad._current_level < 0
+        ):
+            vars(output)[UNSHARED] = self.feeds[0]
+        return output
 
     def _unpack_and_keep(self, grid: GridFormat, sources: tuple[Tensor | None, ...]) -> Tensor:
         if any(tensor is not None and (tensor.is_inference() or tensor.requires_grad) for tensor in sources):
@@ -1457,8 +1485,7 @@ def _round(
         low, high = max(low, first), min(high, last)
     if activation is None or x.dtype != dtype:
         return (x / scale).round_().clamp_(low, high).mul_(scale).to(x.dtype)
-    count = chunk_size()
-    for part in x.view(-1).split(count) if x.numel() > count and x.is_contiguous() else (x,):
+    for part in cache_sized_parts(x):
         part.div_(scale).round_().clamp_(low, high).mul_(scale)
     return x
 
@@ -1474,7 +1501,7 @@ class StandardisedPackedLayer(PackedLayer):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Quantize the input and convolve, without standardising once more."""
-        return convolve(self, self._quantized(input))
+        return self._marked(convolve(self, self._quantized(input)))
 
 
 _PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {}
@@ -1665,6 +1692,100 @@ def _bounds(activation: nn.Module) -> Activation | None:
 def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
+
+
+# --- hf_oscqat.quantization.norms
+FEEDS_NORM: dict[str, tuple[tuple[str, str], ...]] = {
+    # block: (layer, the norm that alone gets its output)
+    "timm.layers.conv_bn_act.ConvNormAct": (("conv", "bn"),),
+    "timm.models._efficientnet_blocks.ConvBnAct": (("conv", "bn1"),),
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": (("conv_dw", "bn1"), ("conv_pw", "bn2")),
+    "timm.models._efficientnet_blocks.InvertedResidual": (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")),
+    "timm.models._efficientnet_blocks.EdgeResidual": (("conv_exp", "bn1"), ("conv_pwl", "bn2")),
+    "timm.models.efficientnet.EfficientNet": (("conv_stem", "bn1"), ("conv_head", "bn2")),
+    "timm.models.efficientnet.EfficientNetFeatures": (("conv_stem", "bn1"),),
+    "timm.models.mobilenetv3.MobileNetV3": (("conv_stem", "bn1"),),
+    "timm.models.mobilenetv3.MobileNetV3Features": (("conv_stem", "bn1"),),
+    "timm.models.resnet.BasicBlock": (("conv1", "bn1"), ("conv2", "bn2")),
+    "timm.models.resnet.Bottleneck": (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")),
+    "timm.models.resnet.ResNet": (("conv1", "bn1"),),
+}
+OVERWRITING = ("torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d")
+"""Norms of which it is known what they do behind the normalisation: apply their `drop` and `act`, if they have any."""
+
+
+class OverwritingNorm(nn.Module):
+    """Mixin of a batch-norm that writes over its input wherever nobody else can see it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise, in place where that is safe, and do what the norm always did behind that."""
+        norm = cast(nn.BatchNorm2d, self)
+        # A mark for another norm would have come here by a way that the table does not know.
+        if is_traced(input) or vars(input).pop(UNSHARED, None) is not norm or not _may_overwrite(norm):
+            return super().forward(input)
+        parameters, buffers = norm._parameters, norm._buffers  # not by attribute: nn.Module takes its time to find one
+        nothing = cast(Tensor, buffers["running_mean"]).new_empty(0)
+        torch.native_batch_norm(
+            input,
+            parameters["weight"],
+            parameters["bias"],
+            buffers["running_mean"],
+            buffers["running_var"],
+            False,
+            0.0,
+            norm.eps,
+            out=(input, nothing, nothing),
+        )
+        for behind in (norm._modules.get("drop"), norm._modules.get("act")):
+            input = input if behind is None else behind(input)
+        return input
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle and copy as "the class made for that base", because a class made at run time has no import path."""
+        return _new_overwriting_norm, (type(self).__bases__[1],), self.__dict__.copy()
+
+
+def _may_overwrite(norm: nn.BatchNorm2d) -> bool:
+    """Whether it uses its statistics, nobody wants gradients, and no hook gets to see the input and might keep it."""
+    hooks = (norm._forward_pre_hooks, norm._forward_hooks)
+    everybodys = (torch_modules._global_forward_pre_hooks, torch_modules._global_forward_hooks)
+    wants_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in norm.parameters(recurse=False))
+    return not (norm.training or norm.running_mean is None or wants_gradients or any(hooks) or any(everybodys))
+
+
+_OVERWRITING_CLASSES: dict[type[nn.Module], type[OverwritingNorm]] = {}
+
+
+def _overwriting_class(base: type[nn.Module]) -> type[OverwritingNorm]:
+    if base not in _OVERWRITING_CLASSES:
+        _OVERWRITING_CLASSES[base] = type(f"Overwriting{base.__name__}", (OverwritingNorm, base), {})
+    return _OVERWRITING_CLASSES[base]
+
+
+def _new_overwriting_norm(base: type[nn.Module]) -> OverwritingNorm:
+    cls = _overwriting_class(base)
+    return cls.__new__(cls)
+
+
+def let_norms_overwrite(model: nn.Module) -> None:
+    """Make norms behind packed convolutions write over their input, in place, where that is known to be safe.
+
+    Args:
+        model: a packed model; its state dict stays as it is.
+    """
+    for layer, norm in list(_pairs(model)):
+        if f"{type(norm).__module__}.{type(norm).__qualname__}" in OVERWRITING:
+            norm.__class__ = _overwriting_class(type(norm))
+        if isinstance(norm, OverwritingNorm):
+            layer.feeds = (norm,)
+
+
+def _pairs(model: nn.Module) -> Iterator[tuple[PackedLayer, nn.Module]]:
+    for block in model.modules():
+        for names in FEEDS_NORM.get(f"{type(block).__module__}.{type(block).__qualname__}", ()):
+            layer, norm = (block._modules.get(name) for name in names)
+            if isinstance(layer, PackedLayer) and isinstance(layer, nn.Conv2d) and norm is not None:
+                yield layer, norm
 
 
 # --- hf_oscqat.checkpoint
@@ -2074,6 +2195,7 @@ class PackedQuantizer(HfQuantizer):
                 # Its weight is computed; transformers must not initialise it.
                 modules[name]._is_hf_initialized = True
         fold_activations(model)
+        let_norms_overwrite(model)
         forbid_merging(model)
         self.hidden_repeats = hide_repeats(model)
         if checkpoint_files:

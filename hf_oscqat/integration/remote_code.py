@@ -16,6 +16,7 @@ MODULES = (
     "hf_oscqat.quantization.packing",
     "hf_oscqat.quantization.packed",
     "hf_oscqat.quantization.activations",
+    "hf_oscqat.quantization.norms",
     "hf_oscqat.checkpoint",
     "hf_oscqat.integration.shared_modules",
     "hf_oscqat.integration.modeling",
@@ -47,7 +48,7 @@ def bundle() -> str:
                 imports[ast.unparse(node)] = set()
             elif isinstance(node, ast.ImportFrom) and node.module:
                 if not node.module.startswith("hf_oscqat"):
-                    imports.setdefault(f"from {node.module} import", set()).update(a.name for a in node.names)
+                    imports.setdefault(f"from {node.module} import", set()).update(map(ast.unparse, node.names))
             elif node is not tree.body[0] or not _is_docstring(node):
                 for name in _names(node):
                     if defined.setdefault(name, module) != module:

@@ -453,6 +453,12 @@ def chunk_size() -> int:
     return CHUNK * torch.get_num_threads()
 
 
+def cache_sized_parts(x: Tensor) -> Sequence[Tensor]:
+    """Views of all values of a tensor, to be written to in turn; small ones, where a dense tensor is large."""
+    layout = _layout(x)
+    return (x,) if layout is None or x.numel() <= chunk_size() else _view(x, layout, None).split(chunk_size())
+
+
 def _in_chunks(
     function: Function,
     static: tuple[Any, ...],

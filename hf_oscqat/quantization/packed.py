@@ -14,12 +14,17 @@ from math import prod
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.modules.module as torch_modules
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from hf_oscqat.quantization.functional import Activation, broadcast_to_axis, fake_quantize, output_axis
-from hf_oscqat.quantization.kernels import chunk_size, is_traced
+from hf_oscqat.quantization.kernels import cache_sized_parts, is_traced
 from hf_oscqat.quantization.packing import pack_bits, packed_width, unpack_bits
 from hf_oscqat.quantization.timm_layers import convolve, is_standardised, standardise
+
+UNSHARED = "_oscqat_unshared"
+"""Attribute of an output that nobody but one norm reads: that norm."""
 
 
 class FormatError(ValueError):
@@ -125,11 +130,13 @@ class PackedLayer(nn.Module):
         input_zero_point: uint8 or int8 `(1,)`; None when symmetric.
         format: the grids.
         input_activation: bounds of the activation before the layer, where `fold_activations` has moved it in here.
+        feeds: the `OverwritingNorm` that alone gets the output, if there is one; no submodule, hence in a tuple.
     """
 
     format: LayerFormat
     compute_dtype: torch.dtype
     input_activation: Activation | None = None
+    feeds: tuple[nn.Module] | None = None
     weight_packed: Tensor
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
@@ -165,7 +172,7 @@ class PackedLayer(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Quantize the input as in training, then do what the layer always did."""
-        return super().forward(self._quantized(input), *args, **kwargs)
+        return self._marked(super().forward(self._quantized(input), *args, **kwargs))
 
     def reset_parameters(self) -> None:
         """There is nothing to initialise: everything comes from the checkpoint."""
@@ -178,6 +185,20 @@ class PackedLayer(nn.Module):
         if input.device.type == "cpu" and not input.requires_grad and not is_traced(input):
             return _round(input, scale, zero_point, grid, self.input_activation)
         return fake_quantize(input, scale, zero_point, grid.qmin, grid.qmax, activation=self.input_activation)
+
+    def _marked(self, output: Tensor) -> Tensor:
+        """Tell the norm behind, where there is one, that nobody else has this tensor; see `norms.py`."""
+        if (
+            self.feeds is not None
+            and output.device.type == "cpu"
+            and not output.requires_grad
+            and not is_traced(output)
+            and not self._forward_hooks
+            and not torch_modules._global_forward_hooks
+            and forward_ad._current_level < 0
+        ):
+            vars(output)[UNSHARED] = self.feeds[0]
+        return output
 
     def _unpack_and_keep(self, grid: GridFormat, sources: tuple[Tensor | None, ...]) -> Tensor:
         if any(tensor is not None and (tensor.is_inference() or tensor.requires_grad) for tensor in sources):
@@ -242,8 +263,7 @@ def _round(
         low, high = max(low, first), min(high, last)
     if activation is None or x.dtype != dtype:
         return (x / scale).round_().clamp_(low, high).mul_(scale).to(x.dtype)
-    count = chunk_size()
-    for part in x.view(-1).split(count) if x.numel() > count and x.is_contiguous() else (x,):
+    for part in cache_sized_parts(x):
         part.div_(scale).round_().clamp_(low, high).mul_(scale)
     return x
 
@@ -259,7 +279,7 @@ class StandardisedPackedLayer(PackedLayer):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Quantize the input and convolve, without standardising once more."""
-        return convolve(self, self._quantized(input))
+        return self._marked(convolve(self, self._quantized(input)))
 
 
 _PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {}

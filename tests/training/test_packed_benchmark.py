@@ -32,3 +32,22 @@ def test_compiled_models_are_compared_with_compiled_float(capsys, monkeypatch):
     assert len(compiled) == len(ROWS)
     row = next(line for line in capsys.readouterr().out.splitlines() if "W4A4, torch.compile" in line)
     assert "float, torch.compile" in row.split("W4A4, torch.compile")[1]
+
+
+def test_memory_format_is_that_of_models_and_images(capsys, monkeypatch):
+    stems = []  # of the models in turn; the first few calls prepare them
+    original = torch.nn.functional.conv2d
+
+    def conv2d(input, weight, *args):
+        if input.shape[1] == 3:
+            stems.append(input.is_contiguous(memory_format=torch.channels_last))
+        return original(input, weight, *args)
+
+    options = ["--model", "test_efficientnet", "--img-size", "32", "--repeats", "1", "--batch-sizes", "2"]
+    monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
+    main([*options, "--threads", "1", "--channels-last"])
+    assert stems[-5:] == [True] * 5
+    assert "channels last" in " ".join(capsys.readouterr().out.split())
+    main([*options, "--threads", "1"])
+    assert stems[-5:] == [False] * 5
+    assert "channels last" not in " ".join(capsys.readouterr().out.split())

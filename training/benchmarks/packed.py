@@ -1,7 +1,7 @@
 """Time the packed model against the float one: loading, inference, and the memory that it holds.
 
     python training/benchmarks/packed.py [--model mobilenetv2_100] [--weight-bits 4] [--activation-bits 4]
-        [--batch-sizes 1 8] [--img-size 224] [--repeats 20] [--device cpu] [--threads 2] [--compile]
+        [--batch-sizes 1 8] [--img-size 224] [--repeats 20] [--device cpu] [--threads 2] [--compile] [--channels-last]
 
 Float and packed checkpoints are written to a temporary folder and loaded in one process, from a warm file cache. They
 take turns, so that a busy machine slows down all of them; a ratio is the median over the rounds. Rows without rounded
@@ -102,7 +102,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--compile", action="store_true", help="also time what torch.compile makes of the models")
+    parser.add_argument("--channels-last", action="store_true", help="models and images in this memory format")
     args = parser.parse_args(argv)
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     torch.set_num_threads(args.threads)
     transformers.utils.logging.disable_progress_bar()
     found: dict[str, dict[str, float]] = {}
@@ -110,13 +112,17 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         paths = write_checkpoints(Path(folder), args)
         load = AutoModelForImageClassification.from_pretrained
         found["load"] = compare(f"Loading {args.model}", {n: partial(load, path) for n, path in paths.items()}, args)
-        models: dict[str, Any] = {name: load(path).to(args.device) for name, path in paths.items()}
+        models: dict[str, Any] = {
+            name: load(path).to(args.device, memory_format=memory_format) for name, path in paths.items()
+        }
         for name in list(paths)[1:]:
             kept: Any = load(paths[name])
-            models[f"{name}, kept packed"] = kept.keep_packed().to(args.device)
+            models[f"{name}, kept packed"] = kept.keep_packed().to(args.device, memory_format=memory_format)
     for batch_size in args.batch_sizes:
         images = torch.randn(batch_size, 3, args.img_size, args.img_size, device=args.device)
+        images = images.contiguous(memory_format=memory_format)
         title = f"Inference, batch of {batch_size}, {args.img_size} pixels, {_describe(args.device)}"
+        title += ", channels last" if args.channels_last else ""
         forwards = {name: partial(model, images) for name, model in models.items()}
         if args.compile:
             forwards |= {f"{name}{COMPILED}": partial(torch.compile(models[name]), images) for name in paths}
