@@ -19,21 +19,24 @@ from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImage
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any, ClassVar, NamedTuple, Self, cast
 import base64
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
 import operator
 import os
 import re
+import sys
 import tempfile
+import threading
 import torch
 import torch.nn.functional as F
-import torch.nn.modules.module as torch_modules
+import weakref
 
 # --- hf_oscqat.quantization.gradient_estimators
 @dataclass(frozen=True, eq=False)
@@ -1245,10 +1248,6 @@ def _shifts(like: Tensor, count: int, step: int) -> Tensor:
 
 
 # --- hf_oscqat.quantization.packed
-UNSHARED = "_oscqat_unshared"
-"""Attribute of an output that nobody but one norm reads: that norm."""
-
-
 class FormatError(ValueError):
     """A packed checkpoint says something that cannot be so."""
 
@@ -1341,6 +1340,25 @@ def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
     return tuple([None if tensor is None else tensor._version for tensor in tensors])
 
 
+Handover = tuple[str, str, int]
+"""Module and qualified name of the function that hands the output of a layer to a norm and nothing else, and a number
+that this layer and this norm share."""
+
+
+class _Offered(threading.local):
+    """What a layer of this thread made last for a norm to write over."""
+
+    output: tuple[Handover, weakref.ref[Tensor]] | None = None
+
+
+offered = _Offered()
+
+
+def is_called_by(frame: FrameType, handover: Handover) -> bool:
+    """Whether a frame is that of the function that is known to hand over; with anything between it is another one."""
+    return frame.f_code.co_qualname == handover[1] and frame.f_globals.get("__name__") == handover[0]
+
+
 class PackedLayer(nn.Module):
     """Mixin of a layer in packed form.
 
@@ -1352,13 +1370,13 @@ class PackedLayer(nn.Module):
         input_zero_point: uint8 or int8 `(1,)`; None when symmetric.
         format: the grids.
         input_activation: bounds of the activation before the layer, where `fold_activations` has moved it in here.
-        feeds: the `OverwritingNorm` that alone gets the output, if there is one; no submodule, hence in a tuple.
+        handover: set by `let_norms_overwrite` where one norm alone gets the output.
     """
 
     format: LayerFormat
     compute_dtype: torch.dtype
     input_activation: Activation | None = None
-    feeds: tuple[nn.Module] | None = None
+    handover: Handover | None = None
     weight_packed: Tensor
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
@@ -1394,7 +1412,7 @@ class PackedLayer(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Quantize the input as in training, then do what the layer always did."""
-        return self._marked(super().forward(self._quantized(input), *args, **kwargs))
+        return self._handed_over(super().forward(self._quantized(input), *args, **kwargs))
 
     def reset_parameters(self) -> None:
         """There is nothing to initialise: everything comes from the checkpoint."""
@@ -1408,18 +1426,11 @@ class PackedLayer(nn.Module):
             return _round(input, scale, zero_point, grid, self.input_activation)
         return fake_quantize(input, scale, zero_point, grid.qmin, grid.qmax, activation=self.input_activation)
 
-    def _marked(self, output: Tensor) -> Tensor:
-        """Tell the norm behind, where there is one, that nobody else has this tensor; see `norms.py`."""
-        if (
-            self.feeds is not None
-            and output.device.type == "cpu"
-            and not output.requires_grad
-            and not is_traced(output)
-            and not self._forward_hooks
-            and not torch_modules._global_forward_hooks
-            and forward_ad._current_level < 0
-        ):
-            vars(output)[UNSHARED] = self.feeds[0]
+    def _handed_over(self, output: Tensor) -> Tensor:
+        """Offer the output to the norm behind, where there is one; see `norms.py`."""
+        if self.handover is not None and output.is_cpu and not output.requires_grad and not is_traced(output):
+            if is_called_by(sys._getframe(4), self.handover):
+                offered.output = self.handover, weakref.ref(output)
         return output
 
     def _unpack_and_keep(self, grid: GridFormat, sources: tuple[Tensor | None, ...]) -> Tensor:
@@ -1501,7 +1512,7 @@ class StandardisedPackedLayer(PackedLayer):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Quantize the input and convolve, without standardising once more."""
-        return self._marked(convolve(self, self._quantized(input)))
+        return self._handed_over(convolve(self, self._quantized(input)))
 
 
 _PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {}
@@ -1696,41 +1707,54 @@ def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
 
 # --- hf_oscqat.quantization.norms
 FEEDS_NORM: dict[str, tuple[tuple[str, str], ...]] = {
-    # block: (layer, the norm that alone gets its output)
-    "timm.layers.conv_bn_act.ConvNormAct": (("conv", "bn"),),
-    "timm.models._efficientnet_blocks.ConvBnAct": (("conv", "bn1"),),
-    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": (("conv_dw", "bn1"), ("conv_pw", "bn2")),
-    "timm.models._efficientnet_blocks.InvertedResidual": (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")),
-    "timm.models._efficientnet_blocks.EdgeResidual": (("conv_exp", "bn1"), ("conv_pwl", "bn2")),
-    "timm.models.efficientnet.EfficientNet": (("conv_stem", "bn1"), ("conv_head", "bn2")),
-    "timm.models.efficientnet.EfficientNetFeatures": (("conv_stem", "bn1"),),
-    "timm.models.mobilenetv3.MobileNetV3": (("conv_stem", "bn1"),),
-    "timm.models.mobilenetv3.MobileNetV3Features": (("conv_stem", "bn1"),),
-    "timm.models.resnet.BasicBlock": (("conv1", "bn1"), ("conv2", "bn2")),
-    "timm.models.resnet.Bottleneck": (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")),
-    "timm.models.resnet.ResNet": (("conv1", "bn1"),),
+    # function: (layer, the norm that alone gets its output)
+    "timm.layers.conv_bn_act.ConvNormAct.forward": (("conv", "bn"),),
+    "timm.models._efficientnet_blocks.ConvBnAct.forward": (("conv", "bn1"),),
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv.forward": (("conv_dw", "bn1"), ("conv_pw", "bn2")),
+    "timm.models._efficientnet_blocks.InvertedResidual.forward": (
+        ("conv_pw", "bn1"),
+        ("conv_dw", "bn2"),
+        ("conv_pwl", "bn3"),
+    ),
+    "timm.models._efficientnet_blocks.EdgeResidual.forward": (("conv_exp", "bn1"), ("conv_pwl", "bn2")),
+    "timm.models.efficientnet.EfficientNet.forward_features": (("conv_stem", "bn1"), ("conv_head", "bn2")),
+    "timm.models.efficientnet.EfficientNetFeatures.forward": (("conv_stem", "bn1"),),
+    "timm.models.mobilenetv3.MobileNetV3.forward_features": (("conv_stem", "bn1"),),
+    "timm.models.mobilenetv3.MobileNetV3Features.forward": (("conv_stem", "bn1"),),
+    "timm.models.resnet.BasicBlock.forward": (("conv1", "bn1"), ("conv2", "bn2")),
+    "timm.models.resnet.Bottleneck.forward": (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")),
+    "timm.models.resnet.ResNet.forward_features": (("conv1", "bn1"),),
 }
 OVERWRITING = ("torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d")
 """Norms of which it is known what they do behind the normalisation: apply their `drop` and `act`, if they have any."""
 
+_numbers = itertools.count()
+
 
 class OverwritingNorm(nn.Module):
-    """Mixin of a batch-norm that writes over its input wherever nobody else can see it."""
+    """Mixin of a batch-norm that writes over its input wherever nobody else can see it.
+
+    Attributes:
+        handover: which function brings it the output of which layer.
+    """
+
+    handover: Handover
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise, in place where that is safe, and do what the norm always did behind that."""
         norm = cast(nn.BatchNorm2d, self)
-        # A mark for another norm would have come here by a way that the table does not know.
-        if is_traced(input) or vars(input).pop(UNSHARED, None) is not norm or not _may_overwrite(norm):
+        if is_traced(input):
             return super().forward(input)
-        parameters, buffers = norm._parameters, norm._buffers  # not by attribute: nn.Module takes its time to find one
-        nothing = cast(Tensor, buffers["running_mean"]).new_empty(0)
+        is_unshared = self._is_offered(input) and is_called_by(sys._getframe(3), self.handover)
+        if not is_unshared or not _can_overwrite(norm, input):
+            return super().forward(input)
+        nothing = cast(Tensor, norm.running_mean).new_empty(0)
         torch.native_batch_norm(
             input,
-            parameters["weight"],
-            parameters["bias"],
-            buffers["running_mean"],
-            buffers["running_var"],
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
             False,
             0.0,
             norm.eps,
@@ -1740,17 +1764,25 @@ class OverwritingNorm(nn.Module):
             input = input if behind is None else behind(input)
         return input
 
+    def _is_offered(self, input: Tensor) -> bool:
+        """Whether this is what the layer in front of the norm has just made."""
+        made, offered.output = offered.output, None
+        return made is not None and made[0] == self.handover and made[1]() is input
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy as "the class made for that base", because a class made at run time has no import path."""
         return _new_overwriting_norm, (type(self).__bases__[1],), self.__dict__.copy()
 
 
-def _may_overwrite(norm: nn.BatchNorm2d) -> bool:
-    """Whether it uses its statistics, nobody wants gradients, and no hook gets to see the input and might keep it."""
-    hooks = (norm._forward_pre_hooks, norm._forward_hooks)
-    everybodys = (torch_modules._global_forward_pre_hooks, torch_modules._global_forward_hooks)
-    wants_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in norm.parameters(recurse=False))
-    return not (norm.training or norm.running_mean is None or wants_gradients or any(hooks) or any(everybodys))
+def _can_overwrite(norm: nn.BatchNorm2d, input: Tensor) -> bool:
+    """Whether it uses statistics, of the right size, and nobody wants gradients or sees each operation."""
+    parts = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    if norm.training or parts[0] is None or parts[1] is None or input.ndim != 4:
+        return False
+    tensors = [part for part in parts if part is not None]
+    is_watched = torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
+    wants_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not (is_watched or wants_gradients) and all(tensor.numel() == input.shape[1] for tensor in tensors)
 
 
 _OVERWRITING_CLASSES: dict[type[nn.Module], type[OverwritingNorm]] = {}
@@ -1758,7 +1790,9 @@ _OVERWRITING_CLASSES: dict[type[nn.Module], type[OverwritingNorm]] = {}
 
 def _overwriting_class(base: type[nn.Module]) -> type[OverwritingNorm]:
     if base not in _OVERWRITING_CLASSES:
-        _OVERWRITING_CLASSES[base] = type(f"Overwriting{base.__name__}", (OverwritingNorm, base), {})
+        # torch.fx tells by the module of a class that a layer of torch is not to be traced into.
+        namespace = {"__module__": base.__module__}
+        _OVERWRITING_CLASSES[base] = type(f"Overwriting{base.__name__}", (OverwritingNorm, base), namespace)
     return _OVERWRITING_CLASSES[base]
 
 
@@ -1773,19 +1807,23 @@ def let_norms_overwrite(model: nn.Module) -> None:
     Args:
         model: a packed model; its state dict stays as it is.
     """
-    for layer, norm in list(_pairs(model)):
-        if f"{type(norm).__module__}.{type(norm).__qualname__}" in OVERWRITING:
-            norm.__class__ = _overwriting_class(type(norm))
-        if isinstance(norm, OverwritingNorm):
-            layer.feeds = (norm,)
+    for block in list(model.modules()):
+        for function, layer, norm in _pairs(block):
+            if f"{type(norm).__module__}.{type(norm).__qualname__}" in OVERWRITING:
+                norm.__class__ = _overwriting_class(type(norm))
+                # Both by name and number: what refers to neither of them can be copied and pickled with either.
+                handover = (type(block).__module__, f"{type(block).__qualname__}.{function}", next(_numbers))
+                cast(OverwritingNorm, norm).handover = layer.handover = handover
 
 
-def _pairs(model: nn.Module) -> Iterator[tuple[PackedLayer, nn.Module]]:
-    for block in model.modules():
-        for names in FEEDS_NORM.get(f"{type(block).__module__}.{type(block).__qualname__}", ()):
+def _pairs(block: nn.Module) -> Iterator[tuple[str, PackedLayer, nn.Module]]:
+    for function in ("forward", "forward_features"):
+        for names in FEEDS_NORM.get(f"{type(block).__module__}.{type(block).__qualname__}.{function}", ()):
             layer, norm = (block._modules.get(name) for name in names)
+            # A class of somebody else's might keep what it computes.
             if isinstance(layer, PackedLayer) and isinstance(layer, nn.Conv2d) and norm is not None:
-                yield layer, norm
+                if type(layer).__bases__[1].__module__.partition(".")[0] in ("torch", "timm"):
+                    yield function, layer, norm
 
 
 # --- hf_oscqat.checkpoint

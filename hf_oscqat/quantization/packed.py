@@ -8,23 +8,22 @@ The weight is rebuilt at the first forward and kept beside the integers; `keep_p
 
 import functools
 import operator
+import sys
+import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
+from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.modules.module as torch_modules
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from hf_oscqat.quantization.functional import Activation, broadcast_to_axis, fake_quantize, output_axis
 from hf_oscqat.quantization.kernels import cache_sized_parts, is_traced
 from hf_oscqat.quantization.packing import pack_bits, packed_width, unpack_bits
 from hf_oscqat.quantization.timm_layers import convolve, is_standardised, standardise
-
-UNSHARED = "_oscqat_unshared"
-"""Attribute of an output that nobody but one norm reads: that norm."""
 
 
 class FormatError(ValueError):
@@ -119,6 +118,25 @@ def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
     return tuple([None if tensor is None else tensor._version for tensor in tensors])
 
 
+Handover = tuple[str, str, int]
+"""Module and qualified name of the function that hands the output of a layer to a norm and nothing else, and a number
+that this layer and this norm share."""
+
+
+class _Offered(threading.local):
+    """What a layer of this thread made last for a norm to write over."""
+
+    output: tuple[Handover, weakref.ref[Tensor]] | None = None
+
+
+offered = _Offered()
+
+
+def is_called_by(frame: FrameType, handover: Handover) -> bool:
+    """Whether a frame is that of the function that is known to hand over; with anything between it is another one."""
+    return frame.f_code.co_qualname == handover[1] and frame.f_globals.get("__name__") == handover[0]
+
+
 class PackedLayer(nn.Module):
     """Mixin of a layer in packed form.
 
@@ -130,13 +148,13 @@ class PackedLayer(nn.Module):
         input_zero_point: uint8 or int8 `(1,)`; None when symmetric.
         format: the grids.
         input_activation: bounds of the activation before the layer, where `fold_activations` has moved it in here.
-        feeds: the `OverwritingNorm` that alone gets the output, if there is one; no submodule, hence in a tuple.
+        handover: set by `let_norms_overwrite` where one norm alone gets the output.
     """
 
     format: LayerFormat
     compute_dtype: torch.dtype
     input_activation: Activation | None = None
-    feeds: tuple[nn.Module] | None = None
+    handover: Handover | None = None
     weight_packed: Tensor
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
@@ -172,7 +190,7 @@ class PackedLayer(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Quantize the input as in training, then do what the layer always did."""
-        return self._marked(super().forward(self._quantized(input), *args, **kwargs))
+        return self._handed_over(super().forward(self._quantized(input), *args, **kwargs))
 
     def reset_parameters(self) -> None:
         """There is nothing to initialise: everything comes from the checkpoint."""
@@ -186,18 +204,11 @@ class PackedLayer(nn.Module):
             return _round(input, scale, zero_point, grid, self.input_activation)
         return fake_quantize(input, scale, zero_point, grid.qmin, grid.qmax, activation=self.input_activation)
 
-    def _marked(self, output: Tensor) -> Tensor:
-        """Tell the norm behind, where there is one, that nobody else has this tensor; see `norms.py`."""
-        if (
-            self.feeds is not None
-            and output.device.type == "cpu"
-            and not output.requires_grad
-            and not is_traced(output)
-            and not self._forward_hooks
-            and not torch_modules._global_forward_hooks
-            and forward_ad._current_level < 0
-        ):
-            vars(output)[UNSHARED] = self.feeds[0]
+    def _handed_over(self, output: Tensor) -> Tensor:
+        """Offer the output to the norm behind, where there is one; see `norms.py`."""
+        if self.handover is not None and output.is_cpu and not output.requires_grad and not is_traced(output):
+            if is_called_by(sys._getframe(4), self.handover):
+                offered.output = self.handover, weakref.ref(output)
         return output
 
     def _unpack_and_keep(self, grid: GridFormat, sources: tuple[Tensor | None, ...]) -> Tensor:
@@ -279,7 +290,7 @@ class StandardisedPackedLayer(PackedLayer):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Quantize the input and convolve, without standardising once more."""
-        return self._marked(convolve(self, self._quantized(input)))
+        return self._handed_over(convolve(self, self._quantized(input)))
 
 
 _PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {}
