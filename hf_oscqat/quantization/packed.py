@@ -290,7 +290,7 @@ class StandardisedPackedLayer(PackedLayer):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Quantize the input and convolve, without standardising once more."""
-        return self._handed_over(convolve(self, self._quantized(input)))
+        return convolve(self, self._quantized(input))
 
 
 _PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {}
