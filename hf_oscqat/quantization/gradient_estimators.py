@@ -45,7 +45,7 @@ class GradientEstimator:
         return None
 
     def round(self, u: Tensor, noise: Tensor | None) -> Tensor:
-        """Round `u`, given in grid units, into a new tensor."""
+        """Round `u`, given in grid units, into a new tensor; where noise is equal, in the order of the values."""
         return u.round()
 
     def slope(self, residual: Tensor, grad: Tensor, levels: int) -> Tensor | None:

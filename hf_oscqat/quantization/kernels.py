@@ -274,8 +274,8 @@ ShapeClass = tuple[int, ...]
 
 
 def _shape_class(shape: torch.Size) -> ShapeClass | None:
-    """The class of a shape; None where a size could be taken for that of the bounds, or needs 64 bits to count."""
-    if shape.numel() >= 2**31 or any(1 < size <= 8 for size in shape):
+    """The class of a shape; None where its values need 64 bits to count."""
+    if shape.numel() >= 2**31:
         return None
     # Of a row only the length is left, and one of a single value is no row.
     if len(shape) == 1:
@@ -377,7 +377,9 @@ class _Kernel:
         self._calls = []
         # With `data` nothing is a view to torch, whose compiler would make a kernel for each shape of what it views.
         arguments = [None if a is None else a.detach().data for a in arguments]
-        outputs = self.compiled(*arguments)
+        # Numbers in `static` are to be constants of the kernel; made dynamic, they would be arguments of it.
+        with torch._dynamo.config.patch(specialize_float=True):
+            outputs = self.compiled(*arguments)
         calls, self._calls = self._calls, []
         first = arguments[0]
         assert first is not None

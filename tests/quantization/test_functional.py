@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -408,3 +408,26 @@ def test_activation_is_that_of_the_module_before():
     fake_quantize(torch.nn.functional.relu6(other), scale, None, 0, 15).square().sum().backward()
     assert torch.equal(x.grad, other.grad)
     assert bool((x.grad[(x > 0) & (x < 6)] != 0).any())
+
+
+@given(
+    bounds=st.sampled_from([(0.0, 6.0), (0.0, torch.inf), (-6.0, 6.0), (-torch.inf, -1.0), (2.0, 2.5)]),
+    grid=st.sampled_from([(0, 15), (-8, 7), (0, 3)]),
+    zero_point=st.sampled_from([None, -9.0, 0.0, 4.4, 7.0, 30.0]),
+    scale=st.floats(2**-7, 4.0, width=32),
+    values=st.lists(
+        st.floats(-20, 20, width=32, allow_subnormal=False) | st.sampled_from([torch.inf, -torch.inf, torch.nan]),
+        min_size=1,
+    ),
+    estimator=st.sampled_from(["ste", "stochastic_rounding"]),
+)
+@example(bounds=(0.0, 6.0), grid=(0, 15), zero_point=None, scale=6 / 12.5, values=[7.0], estimator="ste")  # a tie at 6
+def test_activation_clamps_first_whatever_it_is(bounds, grid, zero_point, scale, values, estimator):
+    z = None if zero_point is None else torch.tensor([zero_point])
+    x = torch.tensor([*values, *bounds, *(scale * (k + 0.5) for k in range(-9, 16))])
+    rounded = []
+    for activation, each in ((bounds, x), (None, x.clamp(*bounds))):
+        torch.manual_seed(0)
+        arguments = (each.requires_grad_(), torch.tensor([scale]), z, *grid)
+        rounded.append(fake_quantize(*arguments, activation=activation, gradient_estimator=estimator).detach())
+    assert torch.equal(*(y.nan_to_num(123.0) for y in rounded))

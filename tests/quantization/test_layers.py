@@ -15,7 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from hf_oscqat import OscillationTracker, OscQATConfig, pack, prepare_qat
-from hf_oscqat.quantization.gradient_estimators import StochasticRounding
+from hf_oscqat.quantization import layers as layers_module
+from hf_oscqat.quantization.gradient_estimators import EWGS, StochasticRounding
 from hf_oscqat.quantization.layers import QuantizedLayer, quantize_layer, quantized_layers, quantizers
 from hf_oscqat.quantization.quantizer import Quantizer
 
@@ -274,6 +275,148 @@ def test_gradients_are_those_of_keeping_both(make, shape, monkeypatch):
         grads.append([own.grad, *(p.grad for p in each.parameters())])
     for ours, theirs in zip(*grads, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.fixture
+def behind_norm():
+    """A function that makes `[convolution, batch-norm, quantized layer]` and images with gradients for them."""
+
+    def make(size=6):
+        torch.manual_seed(0)
+        norm = nn.BatchNorm2d(4)
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+        nn.init.uniform_(norm.bias, -0.5, 1.0)
+        layer = quantize(nn.Conv2d(4, 4, 3, groups=4))
+        layer.input_activation = (0.0, 6.0)
+        images = torch.randn(5, 3, size, size).requires_grad_()
+        return nn.Sequential(nn.Conv2d(3, 4, 1), norm, layer), images
+
+    return make
+
+
+def weak(tensor):
+    """A reference to the memory of a tensor that does not keep it."""
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+class TestBehindBatchNorm:
+    """What a batch-norm keeps, for its own gradient, spares a quantizer behind it to keep its input."""
+
+    @pytest.fixture
+    def normalised(self, monkeypatch):
+        """What each quantized layer found out."""
+        found, original = [], layers_module._normalised
+
+        def recorded(input):
+            found.append(original(input))
+            return found[-1]
+
+        monkeypatch.setattr(layers_module, "_normalised", recorded)
+        return found
+
+    @staticmethod
+    def gradients(model, images):
+        for p in (images, *model.parameters()):
+            p.grad = None
+        model(images).square().sum().backward()
+        return [images.grad, *(p.grad for p in model.parameters())]
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("activation", [None, (0.0, 6.0)])
+    def test_gradients_are_those_of_keeping_the_input(self, behind_norm, layout, activation, normalised, monkeypatch):
+        model, images = behind_norm()
+        model, images = model.to(memory_format=layout), images.detach().to(memory_format=layout).requires_grad_()
+        model[2].input_activation = activation
+        ours = self.gradients(model, images)
+        assert normalised[0] is not None
+        monkeypatch.setattr(layers_module, "_normalised", lambda input: None)
+        for one, other in zip(ours, self.gradients(model, images), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+            assert bool(one.abs().max() > 0) or one.numel() == 0
+
+    def test_input_is_made_again_to_the_last_digit(self, behind_norm, normalised):
+        model, images = behind_norm(size=33)
+        seen = []
+        model[1].register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+        model(images)
+        # Where a processor rounds product and sum one by one, norms do, too, and values differ in the last digit.
+        torch.testing.assert_close(normalised[0].again(), seen[0], rtol=3e-7, atol=3e-7)
+
+    def test_backward_keeps_the_quantized_input_and_what_the_norm_keeps(self, behind_norm, monkeypatch):
+        model, images = behind_norm()
+        kept, rounded = {}, []
+        for name, module in (("made by the norm", model[1]), ("made by the convolution", model[0])):
+            module.register_forward_hook(lambda module, args, output, name=name: kept.update({name: weak(output)}))
+        quantizer = model[2].input_quantizer
+        forward = quantizer.forward
+        monkeypatch.setattr(quantizer, "forward", lambda *args: rounded.append(1) or forward(*args))
+        y = model(images)
+        assert kept["made by the norm"].expired()
+        assert not kept["made by the convolution"].expired()
+        y.sum().backward()
+        assert len(rounded) == 1
+
+    def test_a_gradient_that_nobody_wants_costs_nothing(self, behind_norm, normalised):
+        model, images = behind_norm()
+        with torch.no_grad():
+            model(images)
+        assert normalised == [None]
+
+    CASES = {
+        "statistics in use": lambda model: model[1].eval(),
+        "no weights": lambda model: model.__setitem__(1, nn.BatchNorm2d(4, affine=False)),
+        "bias without gradient": lambda model: model[1].bias.requires_grad_(False),
+        "another norm": lambda model: model.__setitem__(1, nn.GroupNorm(2, 4)),
+        "something between": lambda model: model.insert(2, nn.ReLU()),
+        "float64": lambda model: model.double(),
+        "bfloat16": lambda model: model.bfloat16(),
+    }
+
+    @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+    def test_anything_else_keeps_the_input(self, behind_norm, case, normalised):
+        model, images = behind_norm()
+        case(model)
+        self.gradients(model, images.detach().to(model[0].weight.dtype).requires_grad_())
+        assert normalised == [None]
+
+    def test_values_that_were_changed_without_gradient_are_kept(self, behind_norm, normalised):
+        model, images = behind_norm()
+
+        @torch.no_grad()
+        def change(module, args, output):
+            output.mul_(0.5)
+
+        model[1].register_forward_hook(change)
+        model(images)
+        assert normalised == [None]
+
+    @pytest.mark.parametrize("hooks", ["somebody's", "checkpointing"])
+    def test_hooks_that_keep_tensors_elsewhere_are_left_alone(self, behind_norm, hooks, normalised):
+        model, images = behind_norm()
+        if hooks == "checkpointing":
+            checkpoint(model, images, use_reentrant=False).sum().backward()
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+                model(images).sum().backward()
+        assert set(normalised) == {None}
+
+    def test_writing_into_what_the_norm_kept_is_an_error_as_ever(self, behind_norm):
+        model, images = behind_norm()
+        outputs = []
+        model[0].register_forward_hook(lambda module, args, output: outputs.append(output))
+        y = model(images)
+        with torch.no_grad():
+            outputs[0].zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+    def test_gradients_that_a_rounding_estimator_shapes(self, behind_norm, normalised, monkeypatch):
+        model, images = behind_norm()
+        model[2].input_quantizer.gradient_estimator = EWGS()
+        ours = self.gradients(model, images)
+        monkeypatch.setattr(layers_module, "_normalised", lambda input: None)
+        for one, other in zip(ours, self.gradients(model, images), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_a_block_keeps_little_more_than_the_float_block():
