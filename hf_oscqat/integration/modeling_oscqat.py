@@ -777,26 +777,6 @@ def _in_chunks(
 Activation = tuple[float, float]
 """Smallest and largest value that an activation lets through: `(0.0, 6.0)` for ReLU6, `(0.0, inf)` for ReLU."""
 
-
-class Normalised(NamedTuple):
-    """What a tensor was made from: `x = input * factor + offset`, as a batch-norm makes it.
-
-    Attributes:
-        input: shaped like `x`.
-        factor: `(channels,)`, along dimension 1.
-        offset: the same.
-    """
-
-    input: Tensor
-    factor: Tensor
-    offset: Tensor
-
-    def again(self, axis: int = 1) -> Tensor:
-        """Compute `x` once more, rounded once, as processors do that multiply and add in one operation."""
-        factor, offset = (broadcast_to_axis(p.double(), self.input.ndim, axis) for p in (self.factor, self.offset))
-        return (self.input.double() * factor + offset).to(self.input.dtype)
-
-
 MIN_SCALE = 1e-8
 """Every computation takes scales at or above this, whatever an optimizer made of them."""
 
@@ -919,7 +899,7 @@ def _round_to_grid(
     if activation is not None:
         # The integers of its bounds are bounds of the integers: division and rounding keep the order, too.
         # (A number divided by a tensor is multiplied by its reciprocal, which rounds twice.)
-        low, high = (rounding(torch.full_like(s, bound) / s) for bound in activation)
+        low, high = (rounding(torch.full_like(s, bound, dtype=x.dtype).to(dtype) / s) for bound in activation)
         low, high = ((at if zero is None else at + zero).clamp(qmin, qmax) for at in (low, high))
     if zero is not None:
         x_int += zero
@@ -949,7 +929,6 @@ def fake_quantize(
     gradient_scale: float = 1.0,
     gradient_estimator: str | GradientEstimator = STRAIGHT_THROUGH,
     activation: Activation | None = None,
-    normalised: Normalised | None = None,
 ) -> Tensor:
     """Round `x` to a grid and back to real values; differentiable in `x`, `scale` and `zero_point`.
 
@@ -978,7 +957,6 @@ def fake_quantize(
         gradient_estimator: one of `GRADIENT_ESTIMATORS`, by name or as an object with settings of its own.
         activation: first clamp `x` to these bounds, as the activation before the layer would, in the same pass; `x`
             then gets a gradient strictly between them only.
-        normalised: what `x` was made from; backward keeps and reads that instead of `x`.
 
     Returns:
         Tensor shaped and typed like `x`.
@@ -994,7 +972,7 @@ def fake_quantize(
     args = (x, scale, zero_point, frozen_int, noise, qmin, qmax, axis, gradient_scale, gradient_estimator, activation)
     if not torch.is_grad_enabled():
         return _quantized(*args)
-    return (_TransformableFakeQuantize if in_transform() else _FakeQuantize).apply(*args, normalised)
+    return (_TransformableFakeQuantize if in_transform() else _FakeQuantize).apply(*args)
 
 
 def lsq_gradient_scale(x: Tensor, scale: Tensor, qmax: int) -> float:
@@ -1038,7 +1016,7 @@ def quantize_backward(
 
     Args:
         tensors: `x`, upstream gradient, frozen integers or None, noise or None.
-        parameters: scale, zero-point or None; also factor and offset where the input of a `Normalised` stands for `x`.
+        parameters: see `quantize`.
         bounds: see `quantize`.
         axis: see `quantize`.
         estimator: its slope stands in for that of rounding.
@@ -1048,10 +1026,8 @@ def quantize_backward(
         Gradients of `x`, scale and, where there is one, zero-point.
     """
     x, grad_output, frozen_int, noise = tensors
-    scale, zero_point, *norm = parameters
+    scale, zero_point = parameters
     qmin, qmax = bounds
-    if norm:
-        x = Normalised(x, *norm).again(axis)
     dtype = _compute_dtype(x, scale)
     s = positive_scale(scale, dtype, x.ndim, axis)
     z = None if zero_point is None else broadcast_to_axis(zero_point.to(dtype), x.ndim, axis)
@@ -1101,7 +1077,6 @@ def _quantized(
     gradient_scale: float,
     estimator: GradientEstimator,
     activation: Activation | None,
-    normalised: Normalised | None = None,
 ) -> Tensor:
     tensors, parameters, static = (x, frozen_int, noise), (scale, zero_point), (estimator, activation)
     return one_pass(quantize, tensors, parameters, (qmin, qmax), axis=axis, static=static)[0]
@@ -1117,24 +1092,23 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def keep(ctx: Any, args: tuple[Any, ...]) -> None:
-        x, *tensors, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale, ctx.estimator, ctx.activation, made_from = args
-        x, *norm = (x,) if made_from is None else made_from
-        ctx.save_for_backward(x, *tensors, *norm)
+        *tensors, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale, ctx.estimator, ctx.activation = args
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, zero_point, frozen_int, noise, *norm = ctx.saved_tensors
+        x, scale, zero_point, frozen_int, noise = ctx.saved_tensors
         grads = one_pass(
             quantize_backward,
             (x, grad_output, frozen_int, noise),
-            (scale, zero_point, *norm),
+            (scale, zero_point),
             (ctx.qmin, ctx.qmax),
-            axis=1 if norm else ctx.axis,
+            axis=ctx.axis,
             static=(ctx.estimator, ctx.activation),
         )
         of_grid = [grad if ctx.gradient_scale == 1.0 else grad * ctx.gradient_scale for grad in grads[1:]]
-        return (grads[0], *of_grid, *[None] * (11 - len(of_grid)))
+        return (grads[0], *of_grid, *[None] * (10 - len(of_grid)))
 
 
 class _TransformableFakeQuantize(_FakeQuantize):
@@ -1383,6 +1357,10 @@ Handover = tuple[str, str, int]
 that this layer and this norm share."""
 
 
+WORTH_OVERWRITING = 2**18
+"""Values from which on new memory for a norm's output is dearer than finding out whether it needs any."""
+
+
 class _Offered(threading.local):
     """What a layer of this thread made last for a norm to write over."""
 
@@ -1460,13 +1438,15 @@ class PackedLayer(nn.Module):
         if grid is None:
             return input
         scale, zero_point = cast(Tensor, self.input_scale), self.input_zero_point
-        if input.device.type == "cpu" and not input.requires_grad and not is_traced(input):
+        if input.is_cpu and not input.requires_grad and not is_traced(input):
             return _round(input, scale, zero_point, grid, self.input_activation)
         return fake_quantize(input, scale, zero_point, grid.qmin, grid.qmax, activation=self.input_activation)
 
     def _handed_over(self, output: Tensor) -> Tensor:
         """Offer the output to the norm behind, where there is one; see `norms.py`."""
-        if self.handover is not None and output.is_cpu and not output.requires_grad and not is_traced(output):
+        if self.handover is None or output.numel() < WORTH_OVERWRITING:
+            return output
+        if output.is_cpu and not output.requires_grad and not is_traced(output):
             if is_called_by(sys._getframe(4), self.handover):
                 offered.output = self.handover, weakref.ref(output)
         return output
@@ -1780,9 +1760,9 @@ class OverwritingNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise, in place where that is safe, and do what the norm always did behind that."""
-        norm = cast(nn.BatchNorm2d, self)
-        if is_traced(input):
+        if torch.compiler.is_compiling() or offered.output is None or is_traced(input):
             return super().forward(input)
+        norm = cast(nn.BatchNorm2d, self)
         is_unshared = self._is_offered(input) and is_called_by(sys._getframe(3), self.handover)
         if not is_unshared or not _can_overwrite(norm, input):
             return super().forward(input)

@@ -12,7 +12,7 @@ memory (`kernels.py`); torch.compile, torch.export and torch.func trace them as 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,26 +23,6 @@ from hf_oscqat.quantization.kernels import in_transform, one_pass
 
 Activation = tuple[float, float]
 """Smallest and largest value that an activation lets through: `(0.0, 6.0)` for ReLU6, `(0.0, inf)` for ReLU."""
-
-
-class Normalised(NamedTuple):
-    """What a tensor was made from: `x = input * factor + offset`, as a batch-norm makes it.
-
-    Attributes:
-        input: shaped like `x`.
-        factor: `(channels,)`, along dimension 1.
-        offset: the same.
-    """
-
-    input: Tensor
-    factor: Tensor
-    offset: Tensor
-
-    def again(self, axis: int = 1) -> Tensor:
-        """Compute `x` once more, rounded once, as processors do that multiply and add in one operation."""
-        factor, offset = (broadcast_to_axis(p.double(), self.input.ndim, axis) for p in (self.factor, self.offset))
-        return (self.input.double() * factor + offset).to(self.input.dtype)
-
 
 MIN_SCALE = 1e-8
 """Every computation takes scales at or above this, whatever an optimizer made of them."""
@@ -166,7 +146,7 @@ def _round_to_grid(
     if activation is not None:
         # The integers of its bounds are bounds of the integers: division and rounding keep the order, too.
         # (A number divided by a tensor is multiplied by its reciprocal, which rounds twice.)
-        low, high = (rounding(torch.full_like(s, bound) / s) for bound in activation)
+        low, high = (rounding(torch.full_like(s, bound, dtype=x.dtype).to(dtype) / s) for bound in activation)
         low, high = ((at if zero is None else at + zero).clamp(qmin, qmax) for at in (low, high))
     if zero is not None:
         x_int += zero
@@ -196,7 +176,6 @@ def fake_quantize(
     gradient_scale: float = 1.0,
     gradient_estimator: str | GradientEstimator = STRAIGHT_THROUGH,
     activation: Activation | None = None,
-    normalised: Normalised | None = None,
 ) -> Tensor:
     """Round `x` to a grid and back to real values; differentiable in `x`, `scale` and `zero_point`.
 
@@ -225,7 +204,6 @@ def fake_quantize(
         gradient_estimator: one of `GRADIENT_ESTIMATORS`, by name or as an object with settings of its own.
         activation: first clamp `x` to these bounds, as the activation before the layer would, in the same pass; `x`
             then gets a gradient strictly between them only.
-        normalised: what `x` was made from; backward keeps and reads that instead of `x`.
 
     Returns:
         Tensor shaped and typed like `x`.
@@ -241,7 +219,7 @@ def fake_quantize(
     args = (x, scale, zero_point, frozen_int, noise, qmin, qmax, axis, gradient_scale, gradient_estimator, activation)
     if not torch.is_grad_enabled():
         return _quantized(*args)
-    return (_TransformableFakeQuantize if in_transform() else _FakeQuantize).apply(*args, normalised)
+    return (_TransformableFakeQuantize if in_transform() else _FakeQuantize).apply(*args)
 
 
 def lsq_gradient_scale(x: Tensor, scale: Tensor, qmax: int) -> float:
@@ -285,7 +263,7 @@ def quantize_backward(
 
     Args:
         tensors: `x`, upstream gradient, frozen integers or None, noise or None.
-        parameters: scale, zero-point or None; also factor and offset where the input of a `Normalised` stands for `x`.
+        parameters: see `quantize`.
         bounds: see `quantize`.
         axis: see `quantize`.
         estimator: its slope stands in for that of rounding.
@@ -295,10 +273,8 @@ def quantize_backward(
         Gradients of `x`, scale and, where there is one, zero-point.
     """
     x, grad_output, frozen_int, noise = tensors
-    scale, zero_point, *norm = parameters
+    scale, zero_point = parameters
     qmin, qmax = bounds
-    if norm:
-        x = Normalised(x, *norm).again(axis)
     dtype = _compute_dtype(x, scale)
     s = positive_scale(scale, dtype, x.ndim, axis)
     z = None if zero_point is None else broadcast_to_axis(zero_point.to(dtype), x.ndim, axis)
@@ -348,7 +324,6 @@ def _quantized(
     gradient_scale: float,
     estimator: GradientEstimator,
     activation: Activation | None,
-    normalised: Normalised | None = None,
 ) -> Tensor:
     tensors, parameters, static = (x, frozen_int, noise), (scale, zero_point), (estimator, activation)
     return one_pass(quantize, tensors, parameters, (qmin, qmax), axis=axis, static=static)[0]
@@ -364,24 +339,23 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def keep(ctx: Any, args: tuple[Any, ...]) -> None:
-        x, *tensors, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale, ctx.estimator, ctx.activation, made_from = args
-        x, *norm = (x,) if made_from is None else made_from
-        ctx.save_for_backward(x, *tensors, *norm)
+        *tensors, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale, ctx.estimator, ctx.activation = args
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, zero_point, frozen_int, noise, *norm = ctx.saved_tensors
+        x, scale, zero_point, frozen_int, noise = ctx.saved_tensors
         grads = one_pass(
             quantize_backward,
             (x, grad_output, frozen_int, noise),
-            (scale, zero_point, *norm),
+            (scale, zero_point),
             (ctx.qmin, ctx.qmax),
-            axis=1 if norm else ctx.axis,
+            axis=ctx.axis,
             static=(ctx.estimator, ctx.activation),
         )
         of_grid = [grad if ctx.gradient_scale == 1.0 else grad * ctx.gradient_scale for grad in grads[1:]]
-        return (grads[0], *of_grid, *[None] * (11 - len(of_grid)))
+        return (grads[0], *of_grid, *[None] * (10 - len(of_grid)))
 
 
 class _TransformableFakeQuantize(_FakeQuantize):

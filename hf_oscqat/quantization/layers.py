@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from hf_oscqat.quantization.functional import TRANSPOSED, Activation, Normalised
+from hf_oscqat.quantization.functional import TRANSPOSED, Activation
 from hf_oscqat.quantization.kernels import is_compiled, is_traced
 from hf_oscqat.quantization.quantizer import Quantizer
 from hf_oscqat.quantization.timm_layers import convolve, is_standardised, standardise
@@ -62,20 +62,17 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Quantize the input, then do what the layer always did."""
-        quantized, keeping = self._quantized(input)
-        with keeping:
+        quantized = self._quantized(input)
+        with self._keeping(input, quantized):
             return super().forward(quantized, *args, **kwargs)
 
-    def _quantized(self, input: Tensor) -> tuple[Tensor, AbstractContextManager[Any]]:
-        """Quantize the input, and say in which context the layer is to work on it; see `_keeping`."""
+    def _quantized(self, input: Tensor) -> Tensor:
         quantizer, activation = self.input_quantizer, self.input_activation
         if isinstance(quantizer, Quantizer):
-            normalised = _normalised(input)
-            quantized = quantizer(input, activation, normalised)
-            return quantized, nullcontext() if normalised is not None else self._keeping(input, quantized)
+            return quantizer(input, activation)
         if activation is not None:
             input = input.clamp(*activation)
-        return (input if quantizer is None else quantizer(input)), nullcontext()
+        return input if quantizer is None else quantizer(input)
 
     def _keeping(self, input: Tensor, quantized: Tensor) -> AbstractContextManager[Any]:
         """Let autograd keep the input, which the quantizer needs anyway, and compute the quantized one from it again.
@@ -119,40 +116,14 @@ class StandardisedQuantizedLayer(QuantizedLayer):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Quantize the input and convolve; the weight is standardised already."""
-        quantized, keeping = self._quantized(input)
-        with keeping:
+        quantized = self._quantized(input)
+        with self._keeping(input, quantized):
             return convolve(self, quantized)
-
-
-def _normalised(input: Tensor) -> Normalised | None:
-    """What a batch-norm made a layer's input from, which autograd keeps for the norm; None where it is not known.
-
-    The quantizer's gradient can be had from it, and the layer then keeps its quantized input and nothing else.
-    """
-    if is_traced(input) or not (input.is_cpu and input.dtype is torch.float32 and is_compiled(input)):
-        return None
-    norm: Any = input.grad_fn
-    if norm is None or norm.name() != "NativeBatchNormBackward0" or input._version != 0:
-        return None
-    # With hooks at work what is kept may be elsewhere, or not be there at all.
-    if _saved_tensors_hooks() is not None:
-        return None
-    weight, bias = norm._saved_weight, getattr(norm.next_functions[2][0], "variable", None)
-    if not norm._saved_training or weight is None or bias is None:
-        return None
-    with torch.no_grad():
-        factor = norm._saved_result2 * weight
-        offset = torch.addcmul(bias, norm._saved_result1, factor, value=-1)
-        return Normalised(norm._saved_input.detach(), factor, offset)
-
-
-def _saved_tensors_hooks() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _is_checkpointed() -> bool:
     """Whether gradient checkpointing is at work, which is to keep nothing here; `_keeping` would keep the input."""
-    hooks = _saved_tensors_hooks()
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 

@@ -58,9 +58,9 @@ class OverwritingNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise, in place where that is safe, and do what the norm always did behind that."""
-        norm = cast(nn.BatchNorm2d, self)
-        if is_traced(input):
+        if torch.compiler.is_compiling() or offered.output is None or is_traced(input):
             return super().forward(input)
+        norm = cast(nn.BatchNorm2d, self)
         is_unshared = self._is_offered(input) and is_called_by(sys._getframe(3), self.handover)
         if not is_unshared or not _can_overwrite(norm, input):
             return super().forward(input)

@@ -123,6 +123,10 @@ Handover = tuple[str, str, int]
 that this layer and this norm share."""
 
 
+WORTH_OVERWRITING = 2**18
+"""Values from which on new memory for a norm's output is dearer than finding out whether it needs any."""
+
+
 class _Offered(threading.local):
     """What a layer of this thread made last for a norm to write over."""
 
@@ -200,13 +204,15 @@ class PackedLayer(nn.Module):
         if grid is None:
             return input
         scale, zero_point = cast(Tensor, self.input_scale), self.input_zero_point
-        if input.device.type == "cpu" and not input.requires_grad and not is_traced(input):
+        if input.is_cpu and not input.requires_grad and not is_traced(input):
             return _round(input, scale, zero_point, grid, self.input_activation)
         return fake_quantize(input, scale, zero_point, grid.qmin, grid.qmax, activation=self.input_activation)
 
     def _handed_over(self, output: Tensor) -> Tensor:
         """Offer the output to the norm behind, where there is one; see `norms.py`."""
-        if self.handover is not None and output.is_cpu and not output.requires_grad and not is_traced(output):
+        if self.handover is None or output.numel() < WORTH_OVERWRITING:
+            return output
+        if output.is_cpu and not output.requires_grad and not is_traced(output):
             if is_called_by(sys._getframe(4), self.handover):
                 offered.output = self.handover, weakref.ref(output)
         return output

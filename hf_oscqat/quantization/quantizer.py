@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from hf_oscqat.quantization.functional import (
     Activation,
-    Normalised,
     broadcast_to_axis,
     fake_quantize,
     frozen_dtype,
@@ -183,13 +182,12 @@ class Quantizer(nn.Module):
         """Whether a forward in the present mode draws random numbers."""
         return self.training and self.gradient_estimator.is_random
 
-    def forward(self, x: Tensor, activation: Activation | None = None, normalised: Normalised | None = None) -> Tensor:
+    def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
         """Fake-quantize `x`.
 
         Args:
             x: any shape; its dimension `axis` has as many entries as there are scales, where there are several.
             activation: bounds to clamp `x` to first; see `fake_quantize`.
-            normalised: what `x` was made from; see `fake_quantize`.
 
         Returns:
             Tensor shaped and typed like `x`.
@@ -216,7 +214,6 @@ class Quantizer(nn.Module):
             gradient_scale=gradient_scale,
             gradient_estimator=STRAIGHT_THROUGH if at_nearest else self.gradient_estimator,
             activation=activation,
-            normalised=normalised,
         )
 
     def refresh(self) -> None:

@@ -32,6 +32,11 @@ OVERWRITING = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _worth_it_for_small_ones_too(monkeypatch):
+    monkeypatch.setattr(packed, "WORTH_OVERWRITING", 0)
+
+
 def packed_model(name, **options):
     torch.manual_seed(0)
     model = timm.create_model(name, **({} if options.get("features_only") else {"num_classes": 5}), **options)
@@ -450,3 +455,19 @@ def test_every_pair_of_the_table_is_met_in_a_model():
                 key = f"{type(block).__module__}.{type(block).__qualname__}.{function}"
                 found.setdefault(key, set()).add((names[layer], names[norm]))
     assert found == {key: set(pairs) for key, pairs in FEEDS_NORM.items()}
+
+
+def test_small_outputs_are_left_alone(monkeypatch):
+    model, images = packed_model("mobilenetv2_035")
+    sizes = []
+    watched = copy.deepcopy(model)
+    for layer in packed_layers(watched).values():
+        if layer.handover is not None:
+            layer.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
+    watched(images)
+    enough = sorted(sizes)[len(sizes) // 2]
+    monkeypatch.setattr(packed, "WORTH_OVERWRITING", enough)
+    with torch.no_grad(), counting() as taken:
+        model(images)
+    assert taken == [True] * sum(size >= enough for size in sizes)
+    assert 0 < len(taken) < len(sizes)
