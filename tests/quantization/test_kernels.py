@@ -301,6 +301,14 @@ class TestLaunches:
             assert torch.equal(self.quantized(x, scale), self.plain(x, scale))
         assert compiler_calls == [(2**16,)]
 
+    def test_bounds_of_an_activation_are_constants_of_a_kernel(self, compiler_calls):
+        parameters, static = (torch.tensor([0.1]), None), (STRAIGHT_THROUGH, (0.0, 6.0))
+        for n in (100, 4097):
+            tensors = (torch.randn(n) * 5, torch.randn(n), None, None)
+            grads = one_pass(quantize_backward, tensors, parameters, BOUNDS, static=static)
+            assert_same(grads, quantize_backward(tensors, parameters, BOUNDS, 0, *static))
+        assert compiler_calls == [(2**16,)]
+
     @pytest.mark.parametrize("threads", [1, 2])
     def test_any_number_of_threads(self, threads):
         before = torch.get_num_threads()
