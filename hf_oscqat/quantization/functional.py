@@ -10,6 +10,9 @@ Forward and backward are defined once, in `quantize` and `quantize_backward`. Ea
 memory (`kernels.py`); torch.compile, torch.export and torch.func trace them as they are.
 """
 
+import math
+import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hf_oscqat.quantization.gradient_estimators import STRAIGHT_THROUGH, GradientEstimator, make_gradient_estimator
-from hf_oscqat.quantization.kernels import in_transform, one_pass
+from hf_oscqat.quantization.kernels import in_transform, is_traced, one_pass
 
 Activation = tuple[float, float]
 """Smallest and largest value that an activation lets through: `(0.0, 6.0)` for ReLU6, `(0.0, inf)` for ReLU."""
@@ -135,24 +138,30 @@ def _round_to_grid(
     frozen_int: Tensor | None,
     rounding: Callable[[Tensor], Tensor],
     activation: Activation | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `to_int`; an activation is clamped to in passing, by a `rounding` that keeps the order of values."""
     dtype = _compute_dtype(x, scale)
     s = positive_scale(scale, dtype, x.ndim, axis)
-    x_int = rounding(x.to(dtype) / s)
+    x_int = rounding(torch.div(x.to(dtype), s, out=out))
     zero = None if zero_point is None else grid_zero(broadcast_to_axis(zero_point.to(dtype), x.ndim, axis), qmin, qmax)
     if zero is not None:
         x_int += zero
-    # Not in place, for which torch.func.vmap has no rule.
+    # In place only on request: torch.func.vmap has no rule for that.
     if activation is None:
-        x_int = x_int.clamp(qmin, qmax)
+        x_int = torch.clamp(x_int, qmin, qmax, out=out)
     else:
         # The integers of its bounds are bounds of the integers: division and rounding keep the order, too.
         # (A number divided by a tensor is multiplied by its reciprocal, which rounds twice.)
         low, high = (rounding(torch.full_like(s, bound, dtype=x.dtype).to(dtype) / s) for bound in activation)
         low, high = ((at if zero is None else at + zero).clamp(qmin, qmax) for at in (low, high))
+        if torch.compiler.is_compiling() and low.is_cpu and low.numel() == 1:
+            # Told to take the smaller and the larger of two, torch's compiler finds them once on a CPU, where it would
+            # divide and round them for each value. (On a GPU that is free, and these would be two more kernels.)
+            both = torch.stack([low, high])
+            low, high = both.amin(0), both.amax(0)
         # On a CPU a clamp to tensors takes four times as long as these two.
-        x_int = torch.minimum(torch.maximum(x_int, low), high)
+        x_int = torch.minimum(torch.maximum(x_int, low, out=out), high, out=out)
     return x_int if frozen_int is None else _replace_frozen(x_int, frozen_int)[0]
 
 
@@ -211,10 +220,12 @@ def fake_quantize(
         Tensor shaped and typed like `x`.
 
     Raises:
-        ValueError: if `gradient_estimator` is unknown.
+        ValueError: if `gradient_estimator` is unknown, or `activation` has its bounds in the wrong order.
 
     Source: Esser et al. (ICLR 2020), eq. 2 to 4; freezing from Nagel et al. (ICML 2022), sec. 4.2.
     """
+    if activation is not None and not activation[0] <= activation[1]:
+        raise ValueError(f"got activation={activation!r}, expected its smallest value and then its largest")
     if isinstance(gradient_estimator, str):
         gradient_estimator = make_gradient_estimator(gradient_estimator)
     noise = gradient_estimator.noise(x, _compute_dtype(x, scale)) if gradient_estimator.is_random else None
@@ -230,7 +241,13 @@ def lsq_gradient_scale(x: Tensor, scale: Tensor, qmax: int) -> float:
 
 
 def quantize(
-    tensors: Any, parameters: Any, bounds: Any, axis: int, estimator: GradientEstimator, activation: Activation | None
+    tensors: Any,
+    parameters: Any,
+    bounds: Any,
+    axis: int,
+    estimator: GradientEstimator,
+    activation: Activation | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The forward pass of `fake_quantize`, as a function for `one_pass`.
 
@@ -241,6 +258,7 @@ def quantize(
         axis: channel dimension.
         estimator: how noise, if there is any, rounds.
         activation: clamp `x` to its bounds first.
+        out: write there, in the dtype that is computed in.
 
     Returns:
         The values on the grid, typed like `x`.
@@ -249,40 +267,48 @@ def quantize(
     scale, zero_point = parameters
     qmin, qmax = bounds
     rounding = torch.round_ if noise is None else partial(estimator.round, noise=noise)
-    x_int = _round_to_grid(x, scale, zero_point, qmin, qmax, axis, frozen_int, rounding, activation)
+    x_int = _round_to_grid(x, scale, zero_point, qmin, qmax, axis, frozen_int, rounding, activation, out)
     if zero_point is not None:
         x_int -= grid_zero(broadcast_to_axis(zero_point.to(x_int.dtype), x.ndim, axis), qmin, qmax)
     # Dynamo of torch 2.11 loses all gradients where an autograd function returns what was written in place or what a
     # cast without effect gave.
-    y = x_int * positive_scale(scale, x_int.dtype, x.ndim, axis)
+    y = torch.mul(x_int, positive_scale(scale, x_int.dtype, x.ndim, axis), out=out)
     return (y if y.dtype == x.dtype else y.to(x.dtype),)
 
 
 def quantize_backward(
-    tensors: Any, parameters: Any, bounds: Any, axis: int, estimator: GradientEstimator, activation: Activation | None
+    tensors: Any,
+    parameters: Any,
+    bounds: Any,
+    axis: int,
+    estimator: GradientEstimator,
+    activation: Activation | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The backward pass of `fake_quantize`, as a function for `one_pass`; see the table there.
 
     Args:
         tensors: `x`, upstream gradient, frozen integers or None, noise or None.
         parameters: see `quantize`.
-        bounds: see `quantize`.
+        bounds: qmin, qmax and the factor on the gradients of scale and zero-point.
         axis: see `quantize`.
         estimator: its slope stands in for that of rounding.
         activation: see `quantize`.
+        out: write the gradient of `x` there, in the dtype that is computed in.
 
     Returns:
         Gradients of `x`, scale and, where there is one, zero-point.
     """
     x, grad_output, frozen_int, noise = tensors
     scale, zero_point = parameters
-    qmin, qmax = bounds
+    qmin, qmax, factor = bounds
     dtype = _compute_dtype(x, scale)
     s = positive_scale(scale, dtype, x.ndim, axis)
     z = None if zero_point is None else broadcast_to_axis(zero_point.to(dtype), x.ndim, axis)
     grad = grad_output.to(dtype)
 
-    u = (x if activation is None else x.clamp(*activation)).to(dtype) / s
+    clamped = x if activation is None else torch.clamp(x, *activation, out=out)
+    u = clamped.to(dtype) / s
     rounded = estimator.round(u, noise)
     slope = estimator.slope(u - rounded, grad, qmax - qmin) if estimator.has_slope else None
     zero = None if z is None else grid_zero(z, qmin, qmax)
@@ -295,23 +321,27 @@ def quantize_backward(
     if zero is not None:
         w_int -= zero
 
-    passed = grad * passes
-    grad_x = passed if slope is None else passed * slope
     # The difference is small and exact; that of the products would not be.
-    of_scale = torch.addcmul(w_int, passes if slope is None else passes * slope, u, value=-1)
-    grad_scale = _sum_like(of_scale.mul_(grad), s, scale)
+    own = None if out is None else w_int
+    of_scale = torch.addcmul(w_int, passes if slope is None else passes * slope, u, value=-1, out=own)
+    grad_scale = _sum_like(of_scale.mul_(grad), s, scale, factor)
+    grad_x = torch.mul(grad, passes, out=out)
     grad_zero_point: tuple[Tensor, ...] = ()
     if z is not None:
         on_grid = (z.round() >= qmin) & (z.round() <= qmax)
-        grad_zero_point = (_sum_like((passed - grad) * s, s, zero_point) * on_grid.reshape(zero_point.shape),)
+        of_zero = _sum_like((grad_x - grad) * s, s, zero_point, factor)
+        grad_zero_point = (of_zero * on_grid.reshape(zero_point.shape),)
+    if slope is not None:
+        grad_x = torch.mul(grad_x, slope, out=out)
     if activation is not None:
-        grad_x = torch.ops.aten.hardtanh_backward(grad_x, x.to(dtype), *activation)
+        backward, within = torch.ops.aten.hardtanh_backward, (x.to(dtype), *activation)
+        grad_x = backward(grad_x, *within) if out is None else backward.grad_input(grad_x, *within, grad_input=out)
     return (grad_x.to(x.dtype), grad_scale, *grad_zero_point)
 
 
-def _sum_like(per_value: Tensor, broadcast: Tensor, parameter: Tensor) -> Tensor:
-    """Sum over everything that one value of `parameter` was used for."""
-    return per_value.sum_to_size(broadcast.shape).reshape(parameter.shape).to(parameter.dtype)
+def _sum_like(per_value: Tensor, broadcast: Tensor, parameter: Tensor, factor: Any) -> Tensor:
+    """Sum over everything that one value of `parameter` was used for, times the factor."""
+    return (per_value.sum_to_size(broadcast.shape) * factor).reshape(parameter.shape).to(parameter.dtype)
 
 
 def _quantized(
@@ -331,6 +361,47 @@ def _quantized(
     return one_pass(quantize, tensors, parameters, (qmin, qmax), axis=axis, static=static)[0]
 
 
+def taker_of_memory(rounded: Tensor) -> "weakref.ref[Any] | None":
+    """Who can take memory from `leave_memory`: the quantizer's backward, if it is one of ours on a CPU.
+
+    Args:
+        rounded: what a quantizer returned.
+    """
+    node: Any = rounded.grad_fn
+    is_ours = rounded.is_cpu and getattr(node, "_forward_cls", None) is _FakeQuantize
+    # Weakly: a layer that detaches what it gets would otherwise keep everything that came before.
+    return weakref.ref(node) if is_ours else None
+
+
+def leave_memory(taker: "weakref.ref[Any] | None", rounded: Tensor) -> None:
+    """Let a quantizer's backward write its gradient over what it rounded, once nobody else can see that.
+
+    On a CPU new memory costs more than the arithmetic does.
+
+    Args:
+        taker: from `taker_of_memory`.
+        rounded: what the quantizer returned, made once more for the layer's backward.
+    """
+    node = None if taker is None else taker()
+    if node is not None and not is_traced(rounded):
+        # A tensor of its own, so that whoever holds another one of this memory is counted.
+        node._memory = rounded.data
+
+
+def _is_seen(x: Tensor) -> bool:
+    """Whether anybody else can see the memory of `x`: more is referred to than that of a new tensor."""
+    return _references(x) > _references(torch.empty(1, device="cpu"))
+
+
+def _references(x: Tensor) -> float:
+    """How often the memory of `x` is referred to, by tensors and by names of its storage in Python."""
+    storage = x.untyped_storage()
+    # That of another library, or of another process besides, may be seen by those.
+    if not storage.resizable() or storage.is_shared():
+        return math.inf
+    return torch._C._storage_Use_Count(storage._cdata) + sys.getrefcount(storage)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Keeps `x`, and noise if any, for backward; the rest is recomputed, which is cheaper than reading it back."""
 
@@ -342,22 +413,26 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def keep(ctx: Any, args: tuple[Any, ...]) -> None:
         *tensors, ctx.qmin, ctx.qmax, ctx.axis, ctx.gradient_scale, ctx.estimator, ctx.activation = args
+        ctx._memory = None  # see `leave_memory`
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point, frozen_int, noise = ctx.saved_tensors
+        memory, ctx._memory = ctx._memory, None
+        if memory is not None and (memory.stride() != x.stride() or _is_seen(memory)):
+            memory = None
         grads = one_pass(
             quantize_backward,
             (x, grad_output, frozen_int, noise),
             (scale, zero_point),
-            (ctx.qmin, ctx.qmax),
+            (ctx.qmin, ctx.qmax, ctx.gradient_scale),
             axis=ctx.axis,
             static=(ctx.estimator, ctx.activation),
+            memory=memory,
         )
-        of_grid = [grad if ctx.gradient_scale == 1.0 else grad * ctx.gradient_scale for grad in grads[1:]]
-        return (grads[0], *of_grid, *[None] * (10 - len(of_grid)))
+        return (*grads, *[None] * (11 - len(grads)))
 
 
 class _TransformableFakeQuantize(_FakeQuantize):

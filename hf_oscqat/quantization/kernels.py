@@ -14,6 +14,7 @@ All of them compute the same values; sums differ in the order of their terms. Th
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
@@ -37,7 +38,8 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Function = Callable[..., tuple[Tensor, ...]]
 """`function(tensors, parameters, bounds, axis, *static)`: tensors of one shape (or None), parameters with one value or
 one per channel along `axis` (or None), numbers. Returns first what is shaped like the tensors, then sums over
-whatever one value of a parameter was used for. It may also write into the tensors."""
+whatever one value of a parameter was used for. It may also write into the tensors. One that returns something shaped
+like the tensors also takes `out`, for the first of its results; see `_in_chunks`."""
 
 
 def one_pass(
@@ -50,6 +52,7 @@ def one_pass(
     static: tuple[Any, ...] = (),
     shaped: int = 1,
     in_place: bool = False,
+    memory: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Run a `Function`. There is no gradient: call it without gradients, as in the methods of an autograd function.
 
@@ -62,6 +65,7 @@ def one_pass(
         static: further arguments, hashable; other ones need another kernel.
         shaped: how many outputs are shaped like the tensors; the others are sums.
         in_place: whether the function writes into the tensors.
+        memory: a tensor that nobody needs any more, for a compiled kernel to write an output to; see `_lent`.
 
     Returns:
         What the function returns.
@@ -76,7 +80,7 @@ def one_pass(
         kind = _kind_of_call((function, static, axis, shaped), tensors, parameters)
         call = _calls.get(kind)
         if call is not None:
-            return call(tensors, parameters, bounds)
+            return call(tensors, parameters, bounds, memory)
     layout = None if is_small else _layout(first)
     # What is written to must not be a copy in another layout.
     copies = (
@@ -348,14 +352,70 @@ class _Call(NamedTuple):
     shaped: int
 
     def __call__(
-        self, tensors: Sequence[Tensor | None], parameters: Sequence[Tensor | None], bounds: tuple[float, ...]
+        self,
+        tensors: Sequence[Tensor | None],
+        parameters: Sequence[Tensor | None],
+        bounds: tuple[float, ...],
+        memory: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         if self.seen_stride is not None:
             tensors = [None if t is None else t.as_strided(self.seen_shape, self.seen_stride) for t in tensors]
         rows = [None if p is None else _row(p) for p in parameters]
-        outputs = self.launch((*tensors, *rows, _on_device(bounds, self.device)), self.seen_shape)
+        arguments = (*tensors, *rows, _on_device(bounds, self.device))
+        if memory is not None and _is_like(memory, self.shape, self.stride):
+            outputs = _lend(memory, lambda: self.launch(arguments, self.seen_shape))
+        else:
+            outputs = self.launch(arguments, self.seen_shape)
         of_tensors = [output.as_strided(self.shape, self.stride) for output in outputs[: self.shaped]]
         return (*of_tensors, *outputs[self.shaped :])
+
+
+# --- Memory of a compiled kernel's outputs ---
+
+
+class _Lent(threading.local):
+    """Memory that the kernel which this thread runs may take for an output."""
+
+    memory: Tensor | None = None
+
+
+_lent = _Lent()
+
+
+def _lend(memory: Tensor, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Run a kernel that may write an output to a dense tensor, which is lost."""
+    _lent.memory = memory
+    try:
+        return run()
+    finally:
+        _lent.memory = None
+
+
+def _is_like(memory: Tensor, shape: Sequence[int], stride: Sequence[int]) -> bool:
+    return memory.shape == shape and memory.stride() == stride and not _is_lazy(memory)
+
+
+def _allocate(
+    new_memory: Callable[..., Tensor], size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Memory for a row of values: what was lent, where it fits, or else new."""
+    memory = _lent.memory
+    if memory is None or memory.dtype is not dtype or size != (memory.numel(),) or stride != (1,):
+        return new_memory(size, stride, dtype)
+    _lent.memory = None
+    return memory.as_strided(size, stride)
+
+
+def _let_allocate(run: Any) -> None:
+    """Let what the compiler wrote for a CPU take its memory from `_allocate`.
+
+    Told to write into an argument, the compiler makes two loops of one. Where it names things otherwise than we know,
+    all memory is new.
+    """
+    names = getattr(getattr(run, "current_callable", None), "__globals__", {})
+    new_memory = names.get("empty_strided_cpu")
+    if new_memory is not None and not isinstance(new_memory, functools.partial):
+        names["empty_strided_cpu"] = functools.partial(_allocate, new_memory)
 
 
 class _Kernel:
@@ -407,6 +467,7 @@ class _Kernel:
         from torch._inductor.compile_fx import compile_fx_inner
 
         run = compile_fx_inner(*args, **kwargs)
+        _let_allocate(run)
 
         def recorded(inputs: list[Any]) -> Sequence[Tensor]:
             kept = list(inputs)  # it empties the list that it is given
@@ -438,7 +499,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=MAX_CALLS)
 def _on_device(bounds: tuple[float, ...], device: torch.device) -> Tensor:
     """Numbers as a tensor, because a kernel is compiled anew for other numbers, and not for other contents."""
     with torch.inference_mode(False):
@@ -471,18 +532,20 @@ def _in_chunks(
 ) -> tuple[Tensor, ...]:
     first = tensors[0]
     assert first is not None
-    outputs: list[Tensor] = []
-    sums: list[Tensor] = []
+    # New memory costs more than an operation in the cache. So the first result is computed where it is to be, unless
+    # it has to be computed in another dtype.
+    writes = shaped > 0 and all(t is None or t.dtype == torch.float32 for t in (first, *parameters))
+    outputs = [torch.empty_like(first)] if writes else []
+    sums: Sequence[Tensor] = ()
     chunk = chunk_size()
     for start in range(0, first.numel(), chunk):
         end = start + chunk
         parts = [None if t is None else t[start:end] for t in tensors]
-        results = function(parts, parameters, bounds, 0, *static)
-        if start == 0:
-            outputs = [torch.empty(first.shape, dtype=r.dtype, device=r.device) for r in results[:shaped]]
-            sums = list(results[shaped:])
-        else:
-            sums = [total + part for total, part in zip(sums, results[shaped:], strict=True)]
+        out = {"out": outputs[0][start:end]} if writes else {}
+        results = function(parts, parameters, bounds, 0, *static, **out)
+        outputs += [torch.empty(first.shape, dtype=r.dtype) for r in results[len(outputs) : shaped]]
         for output, result in zip(outputs, results[:shaped], strict=True):
-            output[start:end] = result
+            if result is not out.get("out"):
+                output[start:end] = result
+        sums = results[shaped:] if start == 0 else [a + b for a, b in zip(sums, results[shaped:], strict=True)]
     return (*outputs, *sums)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from hf_oscqat.quantization.functional import TRANSPOSED, Activation
+from hf_oscqat.quantization.functional import TRANSPOSED, Activation, leave_memory, taker_of_memory
 from hf_oscqat.quantization.kernels import is_compiled, is_traced
 from hf_oscqat.quantization.quantizer import Quantizer
 from hf_oscqat.quantization.timm_layers import convolve, is_standardised, standardise
@@ -85,7 +85,7 @@ class QuantizedLayer(nn.Module):
             return nullcontext()
         if quantizer.rounds_at_random or not is_compiled(quantized) or _is_checkpointed():
             return nullcontext()
-        input, activation = input.detach(), self.input_activation
+        input, activation, taker = input.detach(), self.input_activation, taker_of_memory(quantized)
         storage = quantized.untyped_storage().data_ptr()
 
         def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
@@ -95,7 +95,9 @@ class QuantizedLayer(nn.Module):
 
             def again() -> Tensor:
                 with torch.no_grad():
-                    return quantizer(input, activation).as_strided(size, stride, offset)
+                    rounded = quantizer(input, activation)
+                    leave_memory(taker, rounded)
+                    return rounded.as_strided(size, stride, offset)
 
             return again
 

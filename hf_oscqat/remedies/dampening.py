@@ -59,13 +59,15 @@ def squared_distance(tensors: Any, parameters: Any, bounds: Any, axis: int) -> t
     return (_distance(tensors, parameters, bounds, axis)[0].square_().sum(),)
 
 
-def squared_distance_backward(tensors: Any, parameters: Any, bounds: Any, axis: int) -> tuple[Tensor, ...]:
+def squared_distance_backward(
+    tensors: Any, parameters: Any, bounds: Any, axis: int, out: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """The gradient of `squared_distance` in the weight: twice the distance inside the grid, 0 outside.
 
     The third of the parameters is the upstream gradient, `(1,)`.
     """
     distance, inside = _distance(tensors, parameters[:2], bounds, axis)
-    return (distance.mul_(inside).mul_(2 * parameters[2]),)
+    return (torch.mul(distance.mul_(inside), 2 * parameters[2], out=out),)
 
 
 def _distance(tensors: Any, parameters: Any, bounds: Any, axis: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from hf_oscqat.quantization.functional import (
     output_axis,
     to_int,
 )
-from hf_oscqat.quantization.gradient_estimators import make_gradient_estimator
+from hf_oscqat.quantization.gradient_estimators import StochasticRounding, make_gradient_estimator
 
 LIVE = live_sentinel(torch.int8)
 
@@ -398,6 +398,25 @@ class TestTransforms:
         y = fake_quantize(x, torch.tensor([0.1]), None, 0, 255)
         assert y.dtype == dtype
         assert torch.equal(y, fake_quantize(x.float(), torch.tensor([0.1]), None, 0, 255).to(dtype))
+
+
+def test_activation_with_its_bounds_in_the_wrong_order_is_an_error():
+    with pytest.raises(ValueError, match=r"got activation=\(6.0, 0.0\), expected its smallest value"):
+        fake_quantize(torch.zeros(2), torch.ones(1), None, 0, 7, activation=(6.0, 0.0))
+
+
+@pytest.mark.parametrize("axis_size", [1, 3])
+def test_estimators_of_others_may_expand_what_they_round_to_their_noise(axis_size):
+    class Expanding(StochasticRounding):
+        def round(self, u, noise):
+            return (u.expand(noise.shape) + noise).floor()
+
+    x, scale = torch.randn(2, 3, 4, 5), torch.full((axis_size,), 0.3)
+    torch.manual_seed(0)
+    y = fake_quantize(x, scale, None, -8, 7, axis=1, gradient_estimator=Expanding(), activation=(0.0, 2.0))
+    torch.manual_seed(0)
+    expected = fake_quantize(x.clamp(0.0, 2.0), scale, None, -8, 7, axis=1, gradient_estimator=Expanding())
+    assert torch.equal(y, expected)
 
 
 def test_activation_is_that_of_the_module_before():

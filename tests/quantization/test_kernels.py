@@ -49,6 +49,7 @@ LAYOUTS = {
     "one value": lambda: torch.randn(1),
 }
 BOUNDS = (-8, 7)
+BACKWARD = (-8, 7, 0.5)
 
 
 def some_frozen(x):
@@ -80,8 +81,8 @@ def test_quantizing_equals_the_plain_function(case):
     (y,) = one_pass(quantize, (x, frozen_int, None), parameters, BOUNDS, static=static)
     assert torch.equal(y, quantize((x, frozen_int, None), parameters, BOUNDS, 0, *static)[0])
     tensors = (x, grad, frozen_int, None)
-    grads = one_pass(quantize_backward, tensors, parameters, BOUNDS, static=static)
-    plain = quantize_backward(tensors, parameters, BOUNDS, 0, *static)
+    grads = one_pass(quantize_backward, tensors, parameters, BACKWARD, static=static)
+    plain = quantize_backward(tensors, parameters, BACKWARD, 0, *static)
     assert_same(grads, plain)
     assert torch.equal(grads[0], plain[0])
 
@@ -95,16 +96,16 @@ def test_a_scale_for_each_channel(layout, axis):
     static = (EWGS(), None)
     (y,) = one_pass(quantize, (x, None, None), parameters, (0, 15), axis=axis, static=static)
     assert torch.equal(y, quantize((x, None, None), parameters, (0, 15), axis, *static)[0])
-    grads = one_pass(quantize_backward, (x, grad, None, None), parameters, (0, 15), axis=axis, static=static)
-    assert_same(grads, quantize_backward((x, grad, None, None), parameters, (0, 15), axis, *static))
+    grads = one_pass(quantize_backward, (x, grad, None, None), parameters, (0, 15, 0.5), axis=axis, static=static)
+    assert_same(grads, quantize_backward((x, grad, None, None), parameters, (0, 15, 0.5), axis, *static))
 
 
 def test_gradient_in_another_layout_than_the_values():
     x, scale = LAYOUTS["channels last"](), torch.tensor([0.2])
     static = (STRAIGHT_THROUGH, None)
     for grad in (torch.randn(3, 4, 5, 6), torch.ones(1, 4, 1, 1).expand(3, 4, 5, 6)):
-        grads = one_pass(quantize_backward, (x, grad, None, None), (scale, None), BOUNDS, static=static)
-        assert_same(grads, quantize_backward((x, grad, None, None), (scale, None), BOUNDS, 0, *static))
+        grads = one_pass(quantize_backward, (x, grad, None, None), (scale, None), BACKWARD, static=static)
+        assert_same(grads, quantize_backward((x, grad, None, None), (scale, None), BACKWARD, 0, *static))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "not dense"])
@@ -260,8 +261,8 @@ def test_estimators_of_others_see_the_same_tensors_in_every_call():
     x, grad = (torch.randn(16, 12, 10, 10).to(memory_format=torch.channels_last) for _ in range(2))
     tensors, parameters, static = (x, grad, None, None), (torch.tensor([0.1]), None), (Searching(), None)
     for _ in range(3):
-        grads = one_pass(quantize_backward, tensors, parameters, BOUNDS, static=static)
-        assert_same(grads, quantize_backward(tensors, parameters, BOUNDS, 0, *static), rtol=1e-4)
+        grads = one_pass(quantize_backward, tensors, parameters, BACKWARD, static=static)
+        assert_same(grads, quantize_backward(tensors, parameters, BACKWARD, 0, *static), rtol=1e-4)
 
 
 @pytest.mark.parametrize("way", ["compiled"], indirect=True)
@@ -305,8 +306,8 @@ class TestLaunches:
         parameters, static = (torch.tensor([0.1]), None), (STRAIGHT_THROUGH, (0.0, 6.0))
         for n in (100, 4097):
             tensors = (torch.randn(n) * 5, torch.randn(n), None, None)
-            grads = one_pass(quantize_backward, tensors, parameters, BOUNDS, static=static)
-            assert_same(grads, quantize_backward(tensors, parameters, BOUNDS, 0, *static))
+            grads = one_pass(quantize_backward, tensors, parameters, BACKWARD, static=static)
+            assert_same(grads, quantize_backward(tensors, parameters, BACKWARD, 0, *static))
         assert compiler_calls == [(2**16,)]
 
     @pytest.mark.parametrize("threads", [1, 2])
@@ -362,8 +363,8 @@ class TestLaunches:
             for one, other in itertools.product(layouts, layouts):
                 x, grad = torch.randn(2, 3, 4, 5, 6)
                 tensors = (x.to(memory_format=one), grad.to(memory_format=other), None, None)
-                grads = one_pass(quantize_backward, tensors, (scale, None), BOUNDS, static=static)
-                assert_same(grads, quantize_backward(tensors, (scale, None), BOUNDS, 0, *static))
+                grads = one_pass(quantize_backward, tensors, (scale, None), BACKWARD, static=static)
+                assert_same(grads, quantize_backward(tensors, (scale, None), BACKWARD, 0, *static))
 
     def test_what_is_remembered_is_bounded_and_needs_no_look_at_the_kernel(self, monkeypatch):
         monkeypatch.setattr(kernels, "MAX_CALLS", 3)
@@ -402,8 +403,29 @@ class TestLaunches:
         same, other = torch.randn(2, 50)
         for x, grad in ((same, same), (same, other), (other, same)):
             tensors = (x, grad, None, None)
-            grads = one_pass(quantize_backward, tensors, (scale, None), BOUNDS, static=static)
-            assert_same(grads, quantize_backward(tensors, (scale, None), BOUNDS, 0, *static))
+            grads = one_pass(quantize_backward, tensors, (scale, None), BACKWARD, static=static)
+            assert_same(grads, quantize_backward(tensors, (scale, None), BACKWARD, 0, *static))
+
+    @pytest.mark.parametrize(
+        ("make", "is_taken"),
+        {
+            "like it": (torch.empty_like, True),
+            "in another layout": (lambda x: torch.empty(x.shape).to(memory_format=torch.channels_last), False),
+            "of another dtype": (lambda x: torch.empty_like(x, dtype=torch.bfloat16), False),
+            "of another shape": (lambda x: torch.empty(x.numel()), False),
+            "too small": (lambda x: torch.empty(1).expand(x.shape), False),
+        }.values(),
+    )
+    def test_memory_is_taken_where_it_fits(self, make, is_taken):
+        x, grad = torch.randn(2, 3, 4, 5, 6)
+        tensors, parameters, static = (x, grad, None, None), (torch.tensor([0.1]), None), (STRAIGHT_THROUGH, None)
+        one_pass(quantize_backward, tensors, parameters, BACKWARD, static=static)
+        memory = make(x)
+        grads = one_pass(quantize_backward, tensors, parameters, BACKWARD, static=static, memory=memory)
+        assert (grads[0].data_ptr() == memory.data_ptr()) is is_taken
+        assert_same(grads, quantize_backward(tensors, parameters, BACKWARD, 0, *static))
+        again = one_pass(quantize_backward, tensors, parameters, BACKWARD, static=static)
+        assert again[0].data_ptr() != memory.data_ptr()
 
     def test_bits_of_a_sum_do_not_depend_on_the_first_size(self, monkeypatch):
         values, grad = torch.randn(2, 300_000)
@@ -413,7 +435,7 @@ class TestLaunches:
             monkeypatch.setattr(kernels, "_calls", {})
             for n in (first, 300_000):
                 tensors = (values[:n].clone(), grad[:n].clone(), None, None)
-                grads = one_pass(quantize_backward, tensors, (scale, None), BOUNDS, static=static)
+                grads = one_pass(quantize_backward, tensors, (scale, None), BACKWARD, static=static)
             sums.append(grads[1])
         assert torch.equal(sums[0], sums[1])
         assert torch.equal(sums[0], sums[2])
@@ -473,8 +495,8 @@ class TestLaunches:
         parameters, static = (torch.tensor([0.1]), None), (STRAIGHT_THROUGH, None)
         for gradient in (lazy(grad), grad, lazy(grad)):  # a remembered call is not one for the others
             tensors = (x, gradient, None, None)
-            grads = one_pass(quantize_backward, tensors, parameters, BOUNDS, static=static)
-            assert_same(grads, quantize_backward((x, gradient.clone(), None, None), parameters, BOUNDS, 0, *static))
+            grads = one_pass(quantize_backward, tensors, parameters, BACKWARD, static=static)
+            assert_same(grads, quantize_backward((x, gradient.clone(), None, None), parameters, BACKWARD, 0, *static))
 
     def test_lazy_scales_are_read_with_their_values(self):
         x, scale = torch.randn(5000), torch.tensor([0.1])

@@ -4,20 +4,28 @@ import contextlib
 import copy
 import gc
 import pickle
+import shutil
 from functools import partial
 
+import numpy
 import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from hf_oscqat import OscillationTracker, OscQATConfig, pack, prepare_qat
 from hf_oscqat.quantization.gradient_estimators import StochasticRounding
+from hf_oscqat.quantization.kernels import fused_kernels
 from hf_oscqat.quantization.layers import QuantizedLayer, quantize_layer, quantized_layers, quantizers
 from hf_oscqat.quantization.quantizer import Quantizer
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler on a CPU"
+)
 
 
 def quantize(layer, num_bits=4, axis=0, inputs=True):
@@ -274,6 +282,172 @@ def test_gradients_are_those_of_keeping_both(make, shape, monkeypatch):
         grads.append([own.grad, *(p.grad for p in each.parameters())])
     for ours, theirs in zip(*grads, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@needs_compiler
+class TestMemory:
+    """The gradient of a quantized input is written over what backward rounded again, where nobody else sees that."""
+
+    X = torch.randn(4, 6, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.5
+
+    @pytest.fixture(autouse=True)
+    def _every_call_is_of_a_kernel(self):
+        with fused_kernels(True):
+            for _ in range(2):  # the first one compiles, and is not given any memory
+                self.step(self.layer())
+            yield
+
+    @staticmethod
+    def layer(cls=nn.Conv2d):
+        torch.manual_seed(0)
+        return quantize(cls(6, 6, 3, padding=1, groups=2))
+
+    def step(self, layer, *, keep=None, give=None):
+        """Gradients of a step and the tensors that backward rounded again.
+
+        `keep` makes what is kept of those, `give` what backward gets in their place.
+        """
+        made, kept = [], []
+
+        def seen(quantizer, args, rounded):
+            if torch.is_grad_enabled():
+                return None
+            rounded = rounded if give is None else give(rounded)
+            made.append(rounded.data_ptr())
+            kept.append(None if keep is None else keep(rounded))
+            return rounded
+
+        x = self.X.clone().requires_grad_()
+        with layer.input_quantizer.register_forward_hook(seen):
+            # The gradient of what came before is not the one that this step gives `x`.
+            layer(x).square().sum().backward()
+        return [x.grad, *(parameter.grad for parameter in layer.parameters())], made, kept
+
+    def reference(self, layer):
+        layer = copy.deepcopy(layer)
+        layer._keeping = lambda input, quantized: contextlib.nullcontext()
+        return self.step(layer)[0]
+
+    def test_gradient_lies_in_it(self):
+        grads, made, _ = self.step(self.layer())
+        assert made == [grads[0].data_ptr()]
+        assert all(map(torch.equal, grads, self.reference(self.layer())))
+
+    KEPT = {
+        "tensor": lambda t: t,
+        "another tensor": lambda t: t.detach(),
+        "view": lambda t: t[0],
+        "array": lambda t: t.numpy(),
+        "array by DLPack": numpy.from_dlpack,
+        "storage": lambda t: t.untyped_storage(),
+        "typed storage": lambda t: t.storage(),
+    }
+
+    @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+    @pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
+    def test_what_somebody_holds_stays_as_it_is(self, keep):
+        layer = self.layer()
+        grads, made, (kept,) = self.step(layer, keep=keep)
+        assert made != [grads[0].data_ptr()]
+        assert kept.tolist() == keep(layer.input_quantizer(self.X).detach()).tolist()
+        assert all(map(torch.equal, grads, self.reference(layer)))
+
+    def test_what_another_process_or_library_may_hold_stays_as_it_is(self):
+        array = numpy.empty(self.X.shape, dtype=numpy.float32)
+
+        def in_an_array(rounded):
+            numpy.copyto(array, rounded)
+            return torch.from_numpy(array)
+
+        layer = self.layer()
+        for give in (in_an_array, lambda t: t.share_memory_(), lambda t: torch._neg_view(-t)):
+            grads, made, _ = self.step(layer, give=give)
+            assert made != [grads[0].data_ptr()]
+            assert all(map(torch.equal, grads, self.reference(layer)))
+            layer.zero_grad()
+        assert torch.equal(torch.from_numpy(array), layer.input_quantizer(self.X))
+
+    def test_nothing_before_a_detached_input_is_kept(self):
+        class Detaching(nn.Conv2d):
+            def forward(self, x):
+                return super().forward(x.detach())
+
+        layer = self.layer(Detaching)
+        before = self.X.clone().requires_grad_().exp()
+        kept = StorageWeakRef(before.untyped_storage())
+        y = layer(before * 1)
+        del before
+        gc.collect()
+        assert kept.expired()
+        y.sum().backward()
+
+    def test_what_the_layer_itself_holds_stays_as_it_is(self):
+        seen = []
+
+        class Squares(torch.autograd.Function):
+            """Its backward returns the very tensor that it kept."""
+
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return x.square() / 2
+
+            @staticmethod
+            def backward(ctx, grad):
+                (x,) = ctx.saved_tensors
+                seen.append(x)
+                return x
+
+        class Squaring(nn.Conv2d):
+            def forward(self, x):
+                return Squares.apply(x)
+
+        layer = self.layer(Squaring)
+        grads, made, _ = self.step(layer)
+        assert len(made) == 1
+        assert torch.equal(seen[0], layer.input_quantizer(self.X))
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(grads, self.reference(layer), strict=True))
+
+    def test_a_graph_of_backward_keeps_what_it_needs(self):
+        def second(layer):
+            weight = torch.randn(6, 3, 3, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            x = self.X.clone().requires_grad_()
+            # Not the layer's weight, whose quantizer cannot be differentiated twice.
+            y = layer(x, weight)
+            grads = torch.autograd.grad(y.square().sum(), [x, weight], create_graph=True)
+            return grads[1].square().sum(), weight
+
+        class Given(nn.Conv2d):
+            def forward(self, x, weight):
+                return F.conv2d(x, weight, groups=2)
+
+        grads = []
+        for keeping in (None, lambda input, quantized: contextlib.nullcontext()):
+            layer = self.layer(Given)
+            if keeping is not None:
+                layer._keeping = keeping
+            loss, weight = second(layer)
+            grads.append(torch.autograd.grad(loss, weight)[0])
+        assert torch.equal(*grads)
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own look
+    def test_compiled_autograd_is_one_graph(self):
+        x = self.X.clone().requires_grad_()
+        layer = self.layer()
+        loss = layer(x).square().sum()
+        with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+            loss.backward()
+        grads = [x.grad, *(parameter.grad for parameter in layer.parameters())]
+        for ours, theirs in zip(grads, self.reference(self.layer()), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_backward_may_be_run_again(self):
+        layer = self.layer()
+        x = self.X.clone().requires_grad_()
+        loss = layer(x).square().sum()
+        first, second = (torch.autograd.grad(loss, [x, layer.latent_weight], retain_graph=True) for _ in range(2))
+        assert all(map(torch.equal, first, second))
+        assert first[0].data_ptr() != second[0].data_ptr()
 
 
 def test_a_block_keeps_little_more_than_the_float_block():
