@@ -1133,21 +1133,23 @@ def quantize_backward(
     if zero is not None:
         w_int -= zero
 
-    # The difference is small and exact; that of the products would not be.
-    own = None if out is None else w_int
-    of_scale = torch.addcmul(w_int, passes if slope is None else passes * slope, u, value=-1, out=own)
-    grad_scale = _sum_like(of_scale.mul_(grad), s, scale, factor)
+    # Before the sums: torch's compiler makes one loop of the two in this order only.
     grad_x = torch.mul(grad, passes, out=out)
-    grad_zero_point: tuple[Tensor, ...] = ()
-    if z is not None:
-        on_grid = (z.round() >= qmin) & (z.round() <= qmax)
-        of_zero = _sum_like((grad_x - grad) * s, s, zero_point, factor)
-        grad_zero_point = (of_zero * on_grid.reshape(zero_point.shape),)
     if slope is not None:
         grad_x = torch.mul(grad_x, slope, out=out)
     if activation is not None:
         backward, within = torch.ops.aten.hardtanh_backward, (x.to(dtype), *activation)
         grad_x = backward(grad_x, *within) if out is None else backward.grad_input(grad_x, *within, grad_input=out)
+
+    grad_zero_point: tuple[Tensor, ...] = ()
+    if z is not None:
+        on_grid = (z.round() >= qmin) & (z.round() <= qmax)
+        of_zero = _sum_like(grad * (passes - 1) * s, s, zero_point, factor)
+        grad_zero_point = (of_zero * on_grid.reshape(zero_point.shape),)
+    # The difference is small and exact; that of the products would not be.
+    own = None if out is None else w_int
+    of_scale = torch.addcmul(w_int, passes if slope is None else passes * slope, u, value=-1, out=own)
+    grad_scale = _sum_like(of_scale.mul_(grad), s, scale, factor)
     return (grad_x.to(x.dtype), grad_scale, *grad_zero_point)
 
 

@@ -1,12 +1,17 @@
 """Rounding to a grid and its gradients, compared with the formulas spelled out value by value."""
 
 import itertools
+import re
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from toolchain import needs_compiler
 from torch import nn
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_code
 
 from hf_oscqat import fake_quantize
 from hf_oscqat.quantization.functional import (
@@ -398,6 +403,26 @@ class TestTransforms:
         y = fake_quantize(x, torch.tensor([0.1]), None, 0, 255)
         assert y.dtype == dtype
         assert torch.equal(y, fake_quantize(x.float(), torch.tensor([0.1]), None, 0, 255).to(dtype))
+
+
+@needs_compiler
+@pytest.mark.parametrize("activation", [None, (0.0, 6.0), (0.0, float("inf"))])
+@pytest.mark.parametrize("estimator", ["ste", "ewgs"])
+def test_compiled_whole_each_direction_is_one_loop_over_the_values(activation, estimator):
+    x, scale = torch.randn(4, 4, 8, 16, requires_grad=True), torch.ones(1, requires_grad=True)
+
+    def forward(x, scale):
+        return fake_quantize(x, scale, None, 0, 15, gradient_estimator=estimator, activation=activation)
+
+    def step():
+        torch.compile(forward)(x, scale).backward(torch.ones_like(x))
+
+    torch._dynamo.reset()
+    # What a cache holds is not written again.
+    with functorch.patch(enable_autograd_cache=False), inductor.patch(fx_graph_cache=False):
+        _, sources = run_and_get_code(step)
+    loops = [re.findall(r"for\(int64_t \w+=[^;]*; \w+<static_cast<int64_t>\((\d+)L\)", source) for source in sources]
+    assert [of_one.count(str(x.numel())) for of_one in loops] == [1, 1]
 
 
 def test_activation_with_its_bounds_in_the_wrong_order_is_an_error():

@@ -3,13 +3,13 @@
 import itertools
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import weakref
 
 import pytest
 import torch
+from toolchain import needs_compiler
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -22,10 +22,6 @@ from hf_oscqat.quantization.gradient_estimators import EWGS, STRAIGHT_THROUGH, G
 from hf_oscqat.quantization.kernels import fused_kernels, one_pass
 from hf_oscqat.remedies.dampening import squared_distance, squared_distance_backward
 from hf_oscqat.remedies.tracker import track
-
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler on a CPU"
-)
 
 
 @pytest.fixture(params=["compiled", "in chunks"], autouse=True)

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import gc
 import pickle
-import shutil
 from functools import partial
 
 import numpy
@@ -12,6 +11,7 @@ import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
+from toolchain import needs_compiler
 from torch import nn
 from torch._dynamo import compiled_autograd
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -22,10 +22,6 @@ from hf_oscqat.quantization.gradient_estimators import StochasticRounding
 from hf_oscqat.quantization.kernels import fused_kernels
 from hf_oscqat.quantization.layers import QuantizedLayer, quantize_layer, quantized_layers, quantizers
 from hf_oscqat.quantization.quantizer import Quantizer
-
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler on a CPU"
-)
 
 
 def quantize(layer, num_bits=4, axis=0, inputs=True):
