@@ -315,7 +315,6 @@ class TestMemory:
 
         x = self.X.clone().requires_grad_()
         with layer.input_quantizer.register_forward_hook(seen):
-            # The gradient of what came before is not the one that this step gives `x`.
             layer(x).square().sum().backward()
         return [x.grad, *(parameter.grad for parameter in layer.parameters())], made, kept
 
